@@ -1,0 +1,69 @@
+# Two commands do it all: `make book` and `make test`. They need Python 3.11 or 3.12 with venv, and make.
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PRESET ?= quick
+BOOK := runs/book-$(PRESET)
+CODE := $(wildcard cxr_book/*.py) $(wildcard cxr_book/reported/*.csv)
+NOTEBOOKS := $(sort $(notdir $(basename $(wildcard nbs/*.ipynb))))
+CHAPTERS := $(filter 10_% 11_% 12_% 13_% 14_%,$(NOTEBOOKS))
+EXECUTED := $(NOTEBOOKS:%=$(BOOK)/%/notebook.ipynb)
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
+
+install: $(READY)  ## the environment .venv, nothing else
+
+$(READY): pyproject.toml
+	@python=; for p in $(PYTHON) python3.12 python3.11 python3; do \
+	  "$$p" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+	    && { python=$$p; break; }; done; \
+	[ -n "$$python" ] || { echo "No Python 3.11 or 3.12 with venv found; install one, or call: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }; \
+	[ -x $(BIN)/python ] || "$$python" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -c 'from cxr_book.core import check_torchvision; check_torchvision()'
+	$(BIN)/python -m ipykernel install --sys-prefix --name python3 >/dev/null
+	@touch $@
+
+book: install $(EXECUTED) site  ## run every notebook on the drawn data set, then render the site (PRESET=smoke|quick|paper)
+	@echo; echo "The executed notebooks: $(BOOK)/*/notebook.ipynb"
+	@echo "The results of a chapter: $(BOOK)/10_baselines (metrics.json, figures/, a run folder for each model)"
+	@[ ! -f _book/index.html ] || echo "The site: _book/index.html"
+
+# A run that was killed goes on; a finished run whose code has changed since starts again.
+$(BOOK)/%/notebook.ipynb: nbs/%.ipynb $(CODE) | $(READY)
+	@[ ! -f $@ ] || rm -rf $(@D)
+	@mkdir -p $(@D)
+	@echo "== $*"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m papermill $< $(@D)/running.ipynb -k python3 --no-progress-bar --log-output \
+	  --log-level WARNING --stdout-file /dev/stdout $(if $(filter $*,$(CHAPTERS)),-p preset $(PRESET) -p out_dir $(@D)) \
+	  || { echo "$* failed; the copy with the traceback: $(@D)/running.ipynb"; exit 1; }
+	@mv $(@D)/running.ipynb $@
+
+site: install  ## render the site from published/ with Quarto, where it is installed
+	@if command -v quarto >/dev/null; then \
+	  PATH="$(CURDIR)/$(BIN):$$PATH"; python -m cxr_book.site touch && quarto render; \
+	else echo "Quarto is not on the PATH, so the site is not rendered (all else is done). Get it from quarto.org, or: pip install quarto-cli"; fi
+
+publish: install  ## take the executed notebooks of the last `make book` into published/
+	$(BIN)/python -m cxr_book.site publish $(BOOK)
+
+test: install  ## all tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+export: install  ## notebooks -> package, and clean the notebooks
+	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_export && PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_clean --fname nbs
+
+twin: install  ## percent script beside a notebook to edit it in an editor: make twin NB=nbs/03_data.ipynb
+	$(BIN)/jupytext --to py:percent $(NB)
+
+untwin: install  ## the edited script back into its notebook, keeping cell ids and tags: make untwin NB=nbs/03_data.ipynb
+	$(BIN)/jupytext --to ipynb --update --output $(NB) $(NB:.ipynb=.py) && rm $(NB:.ipynb=.py)
+	$(MAKE) --no-print-directory export
+
+.PHONY: help install book site publish test export twin untwin
