@@ -336,7 +336,7 @@ def otsu_thresholds(predictions: Predictions, labels: np.ndarray, rule: BoxRule)
             chosen[k] = float(np.concatenate(cuts).mean())
     return chosen
 
-
+# %% ../nbs/07b_evaluation.ipynb #3627a5c8
 def thresholds_for(
     mode: str,  # "fixed", "validated" or "oracle"
     predictions: Predictions,

@@ -263,7 +263,7 @@ def _lay_out(job: _Job) -> None:
 def _lines(job: _Job) -> dict[int, dict]:
     "What marker and journal say of each chunk; a line that was cut off says nothing."
     marker, journal, lines = job.folder / "cache.json", job.folder / "journal", []
-    with contextlib.suppress(CxrError):
+    with contextlib.suppress(CxrError, KeyError):
         lines += read_json(marker)["chunks"]
     for text in journal.read_text().splitlines() if journal.exists() else []:
         with contextlib.suppress(ValueError):

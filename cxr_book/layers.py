@@ -185,6 +185,30 @@ def imagenet_weights(
     return {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.", r"\1\2.", k): v for k, v in state.items()}
 
 # %% ../nbs/05_layers.ipynb #6ba1ed05
+def _parts(name: str, weights: str | Path | None, norm: str) -> list[nn.Module]:
+    "Stem and blocks, from scratch or with ImageNet weights."
+    if name not in BODIES:
+        raise CxrError(f"body = {name!r}: {did_you_mean(name, BODIES)}")
+    if norm not in ("batch", "group") or norm == "group" and ("resnet" not in name or weights == "imagenet"):
+        raise CxrError(f"norm = {norm!r}, body = {name!r}, weights = {weights!r}: 'group' is for ResNets from scratch")
+    if weights == "imagenet" and name.startswith("small"):
+        raise CxrError(f"body = {name!r} has no ImageNet weights; use weights = None")
+    build, cut, _ = BODIES[name]
+    net = build(norm_layer=partial(nn.GroupNorm, 8)) if norm == "group" else build()
+    if weights == "imagenet":
+        net.load_state_dict(imagenet_weights(name))
+    return cut(net)
+
+
+def _keep_size(block: nn.Module) -> None:
+    "Let a block keep the size of its map; its weights stay as they are."
+    for m in block.modules():
+        if isinstance(m, nn.Conv2d):
+            m.stride = (1, 1)
+        elif isinstance(m, nn.AvgPool2d):
+            m.kernel_size = m.stride = 1
+
+# %% ../nbs/05_layers.ipynb #20407a27
 class Body(nn.Module):
     "Grey images (B, 1, H, W) -> list of feature maps (B, C, h, w), fine to coarse."
 
@@ -194,44 +218,24 @@ class Body(nn.Module):
         weights: str | Path | None = None,  # None (from scratch), "imagenet", or a .safetensors file of this body
         mean: str = "imagenet",  # normalisation, as `GreyInput`
         norm: str = "batch",  # "batch", or "group" (ResNets only): then no image of a batch touches another
-        stride: int | None = None,  # of the last map; less than the body's own keeps the last blocks from halving
+        stride: int | None = None,  # of the last map; less than the body's own: the last blocks do not halve
     ):
         super().__init__()
-        if name not in BODIES:
-            raise CxrError(f"body = {name!r}: {did_you_mean(name, BODIES)}")
-        if norm not in ("batch", "group") or norm == "group" and ("resnet" not in name or weights == "imagenet"):
-            raise CxrError(f"norm = {norm!r}, body = {name!r}, weights = {weights!r}: 'group' is for ResNets from scratch")
-        if weights == "imagenet" and name.startswith("small"):
-            raise CxrError(f"body = {name!r} has no ImageNet weights; use weights = None")
-        spec = BODIES[name]
-        net = spec.build(norm_layer=partial(nn.GroupNorm, 8)) if norm == "group" else spec.build()
-        if weights == "imagenet":
-            net.load_state_dict(imagenet_weights(name))
-        self.name, self.channels, self.norm = name, spec.channels, norm
         self.grey = GreyInput(mean)
-        self.stem, *blocks = spec.cut(net)
+        self.stem, *blocks = _parts(name, weights, norm)
+        strides = (4, 8, 16, 32)[: len(blocks)]
+        if stride not in (None, *strides):
+            raise CxrError(f"stride = {stride}, body = {name!r}: choose from {strides}")
+        self.name, self.channels = name, BODIES[name].channels
+        self.strides = tuple(min(s, stride or s) for s in strides)
         self.blocks = [f"block{i}" for i in range(1, len(blocks) + 1)]
-        for block, module in zip(self.blocks, blocks):
-            self.add_module(block, module)
-        self.strides = self._set_stride(stride)
+        for i, block in enumerate(blocks):
+            if self.strides[i] < strides[i]:
+                _keep_size(block)
+            self.add_module(self.blocks[i], block)
         if weights not in (None, "imagenet"):
             load_strict(self, weights)
         self.to(memory_format=torch.channels_last)  # a third faster on a CPU
-
-    def _set_stride(self, stride: int | None) -> tuple[int, ...]:
-        "Let the last blocks keep the size until the last map has `stride`; return the strides."
-        strides = [4, 8, 16, 32][: len(self.channels)]
-        if stride not in (None, *strides):
-            raise CxrError(f"stride = {stride} with body = {self.name!r}: choose from {strides}")
-        for i, block in enumerate(self.blocks):
-            if stride and strides[i] > stride:
-                strides[i] = stride
-                for m in getattr(self, block).modules():
-                    if isinstance(m, nn.Conv2d):
-                        m.stride = (1, 1)
-                    elif isinstance(m, nn.AvgPool2d):
-                        m.kernel_size = m.stride = 1
-        return tuple(strides)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x, maps = self.stem(self.grey(x)), []

@@ -28,10 +28,9 @@ def to_heat(
     if how in ("sigmoid", "none"):
         heat = m.sigmoid() if how == "sigmoid" else m.clamp(0, 1)
     elif how in ("minmax", "relu-max"):
-        top = m.amax((-2, -1), keepdim=True)
-        flat = top == m.amin((-2, -1), keepdim=True)
-        low = m.amin((-2, -1), keepdim=True) if how == "minmax" else torch.zeros_like(top)
-        span = torch.where(flat | (top <= low), torch.inf, top - low)
+        top, bottom = m.amax((-2, -1), keepdim=True), m.amin((-2, -1), keepdim=True)
+        low = bottom if how == "minmax" else torch.zeros_like(top)
+        span = torch.where((top == bottom) | (top <= low), torch.inf, top - low)
         heat = ((m - low) / span).clamp(0, 1)
     else:
         raise CxrError(f"how = {how!r}: known: minmax, relu-max, sigmoid, none")

@@ -44,7 +44,9 @@ def _shape(node) -> list | str:
     if isinstance(node, list):
         return [_shape(n) for n in node]
     if not isinstance(node, ast.AST):
-        return repr(node)
+        return ascii(node)
+    if isinstance(node, ast.JoinedStr):  # Python 3.12.1 has empty pieces in f-strings
+        return ["JoinedStr", *(_shape(v) for v in node.values if getattr(v, "value", None) != "")]
     return [type(node).__name__, *([k, _shape(v)] for k, v in ast.iter_fields(node) if v is not None and v != [])]
 
 # %% ../nbs/30_site.ipynb #38ae440b
@@ -374,10 +376,11 @@ def links(root: Path) -> dict[str, str]:
 
 
 def _linked(text: str, known: dict[str, str], page: str) -> str:
-    "Prose with names in backticks linked; fences and existing links stay as they are."
+    "Prose with names in backticks linked; not in fences, links, tables, and not a plain word such as `read`."
 
     def link(m):
-        target = known.get(m[1].removesuffix("()"))
+        plain = re.fullmatch(r"[a-z]+", m[1])
+        target = None if plain else known.get(m[1].removesuffix("()"))
         return f"[{m[0]}]({target.removeprefix(page)})" if target else m[0]
 
     pieces = re.split(r"(^```.*?^```|^~~~.*?^~~~|^\s*\|.*?$|\[[^\]]*\]\([^)]*\)|^#.*?$)", text, flags=re.M | re.S)

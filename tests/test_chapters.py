@@ -1,0 +1,61 @@
+"Every chapter runs under papermill with its smoke preset on the drawn data set, and leaves a complete run folder."
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+CHAPTERS = sorted((ROOT / "nbs").glob("1?_*.ipynb"))
+
+
+def execute(notebook, folder, home):
+    "Run a chapter; return its metrics."
+    env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "CXR_BOOK_HOME": str(home)}
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        notebook,
+        folder.with_suffix(".ipynb"),
+        "-k",
+        "python3",
+        "--no-progress-bar",
+    ]
+    command += ["-p", "preset", "smoke", "-p", "out_dir", folder]
+    done = subprocess.run(
+        [*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def timeless(value):
+    "Metrics without what differs from run to run: durations and dates."
+    if isinstance(value, dict):
+        return {
+            k: timeless(v)
+            for k, v in value.items()
+            if not re.search(r"second|minute|duration|date|_s$|per_s", k)
+        }
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda f: f.stem)
+def test_smoke(notebook, tmp_path):
+    folder = tmp_path / "run"
+    first = execute(notebook, folder, tmp_path)
+    for name in ("config.json", "metrics.json", "stamp.json"):
+        assert json.loads((folder / name).read_text()), name
+    assert list((folder / "figures").glob("*.png"))
+    weights = {f: f.stat().st_mtime_ns for f in folder.rglob("weights.safetensors")}
+    assert weights and all(f.stat().st_size for f in weights)
+    again = execute(notebook, folder, tmp_path)
+    assert timeless(again) == timeless(first)
+    assert {f: f.stat().st_mtime_ns for f in weights} == weights  # nothing was trained again

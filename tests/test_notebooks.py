@@ -1,0 +1,32 @@
+"Every notebook but the chapters runs from top to bottom, asserts included, in under a minute."
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+NOTEBOOKS = [f for f in sorted((ROOT / "nbs").glob("*.ipynb")) if not f.name.startswith("1")]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda f: f.stem)
+def test_runs(notebook, tmp_path):
+    env = os.environ | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "CXR_BOOK_HOME": str(tmp_path),
+        "MPLBACKEND": "agg",
+    }
+    done = subprocess.run(
+        [BIN / "nbdev_test", "--path", notebook],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "Success" in done.stdout + done.stderr, (done.stdout + done.stderr)[
+        -4000:
+    ]
