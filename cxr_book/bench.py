@@ -41,7 +41,9 @@ def write_pngs(
     rng = np.random.default_rng(seed)
     for i in range(n):
         shape = cv2.resize(rng.normal(128, 40, (8, 8)), (side, side), interpolation=cv2.INTER_CUBIC)
-        texture = cv2.resize(rng.normal(0, 8, (side // 8, side // 8)), (side, side), interpolation=cv2.INTER_CUBIC)
+        texture = cv2.resize(
+            rng.normal(0, 8, (side // 8, side // 8)), (side, side), interpolation=cv2.INTER_CUBIC
+        )
         image = np.clip(shape + texture + rng.normal(0, 0.7, shape.shape), 0, 255).astype(np.uint8)
         cv2.imwrite(str(folder / "images" / f"{i:08}_000.png"), image)
     return folder
@@ -62,30 +64,27 @@ class PlainImages(Dataset):
         return torch.from_numpy(small).float().mul_(1 / 255)[None]
 
 
-def _one_thread(worker: int = 0) -> None:
+def _alone(worker: int = 0) -> None:
     cv2.setNumThreads(1)
 
 
 def plain_loader(paths: list[Path], size: int, batch_size: int, workers: int) -> DataLoader:
     "Torch's loader over `PlainImages`, with workers that stay."
     fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    return DataLoader(PlainImages(paths, size), batch_size, num_workers=workers, worker_init_fn=_one_thread,
+    return DataLoader(PlainImages(paths, size), batch_size, num_workers=workers, worker_init_fn=_alone,
                       persistent_workers=True, multiprocessing_context=fork)  # fmt: skip
 
 
 def _bare(paths: list[Path], size: int) -> int:
     "Decode and resize, and throw away: what building a cache cannot beat."
-    _one_thread()
+    _alone()
     for path in paths:
         cv2.resize(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE), (size, size), interpolation=cv2.INTER_AREA)
     return len(paths)
 
 # %% ../nbs/23_performance.ipynb #db14dff6
-def rate(
-    job: Callable[[], int],  # does some work; returns how many images that was
-    seconds: float = 0.3,  # at least this long
-) -> float:
-    "Images per second."
+def rate(job: Callable[[], int], seconds: float = 0.3) -> float:
+    "Images per second of a job that returns how many images it did, repeated for at least `seconds`."
     n, start = 0, time.perf_counter()
     while (took := time.perf_counter() - start) < seconds or not n:
         n += job()
@@ -93,9 +92,7 @@ def rate(
 
 
 def in_turns(
-    jobs: dict[str, Callable[[], int]],  # name -> job
-    rounds: int = 5,
-    seconds: float = 0.3,  # per job and round
+    jobs: dict[str, Callable[[], int]], rounds: int = 5, seconds: float = 0.3
 ) -> dict[str, np.ndarray]:
     "Images per second of each job in each round, (rounds,); one round before them warms up and is not counted."
     runs = [{name: rate(job, seconds if i else 0) for name, job in jobs.items()} for i in range(rounds + 1)]
@@ -139,23 +136,31 @@ def bench_data(
     paths, n = [radiographs.paths[r] for r in rows], len(rows)
     plain = plain_loader(paths, size, batch_size, workers)
     with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(workers) as pool:
-        count = itertools.count()
+        count, shares = itertools.count(), [paths[i::workers] for i in range(workers)]
 
         def build():
             with contextlib.redirect_stdout(io.StringIO()):  # no progress
-                return build_cache(radiographs, size, rows, workers=workers, folder=Path(temporary) / f"{next(count)}")
+                return build_cache(
+                    radiographs, size, rows, workers=workers, folder=Path(temporary) / f"{next(count)}"
+                )
 
         cache = build()
-        still, moving = (Loader(cache, radiographs, rows, batch_size, augment=a, size=size) for a in (None, STRONG))
+        still, moving = (
+            Loader(cache, radiographs, rows, batch_size, augment=a, size=size) for a in (None, STRONG)
+        )
         _same(plain, still, moving)
         rates = in_turns({
             "plain DataLoader": lambda: _through(plain),
             "cache": lambda: _through(still.epoch(1)),
             "cache, augmented": lambda: _through(moving.epoch(1)),
-            "imread + resize": lambda: sum(pool.map(_bare, [paths[i::workers] for i in range(workers)], [size] * workers)),
+            "imread + resize": lambda: sum(pool.map(_bare, shares, [size] * workers)),
             "building the cache": lambda: len(build()),
         }, rounds)  # fmt: skip
-    against = {"cache": "plain DataLoader", "cache, augmented": "plain DataLoader", "building the cache": "imread + resize"}
+    against = {
+        "cache": "plain DataLoader",
+        "cache, augmented": "plain DataLoader",
+        "building the cache": "imread + resize",
+    }
     return dict(size=size, batch_size=batch_size, images=n, workers=workers, rounds=rounds,
                 rates={k: spread(v) for k, v in rates.items()},
                 ratios={f"{a} / {b}": spread(rates[a] / rates[b]) for a, b in against.items()})  # fmt: skip
@@ -164,19 +169,27 @@ def bench_data(
 def report(result: dict) -> str:
     "The rates and ratios of a benchmark as Markdown tables."
     lines = ["| way | images/s | from | to |", "|:--|--:|--:|--:|"]
-    lines += [f"| {k} | {v['median']:,.0f} | {v['low']:,.0f} | {v['high']:,.0f} |" for k, v in result["rates"].items()]
+    lines += [
+        f"| {k} | {v['median']:,.0f} | {v['low']:,.0f} | {v['high']:,.0f} |" for k, v in result["rates"].items()
+    ]
     lines += ["", "| ratio | median | from | to |", "|:--|--:|--:|--:|"]
-    lines += [f"| {k} | {v['median']:,.2f} | {v['low']:,.2f} | {v['high']:,.2f} |" for k, v in result["ratios"].items()]
+    lines += [
+        f"| {k} | {v['median']:,.2f} | {v['low']:,.2f} | {v['high']:,.2f} |"
+        for k, v in result["ratios"].items()
+    ]
     return "\n".join(lines)
 
 # %% ../nbs/23_performance.ipynb #8c1080c2
 def only_png(radiographs: Radiographs) -> Radiographs:
     "The same data set with the PNG originals alone; resized JPEG copies decode faster and would flatter us."
-    paths = [p if p and p.suffix.lower() == ".png" else None for p in radiographs.paths]
-    return dataclasses.replace(radiographs, paths=paths)
+    return dataclasses.replace(
+        radiographs, paths=[p if p and p.suffix == ".png" else None for p in radiographs.paths]
+    )
 
 # %% ../nbs/23_performance.ipynb #cac8614d
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure parts of the book beside the alternatives.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Measure parts of the book beside the alternatives."
+)
 
 
 @app.callback()
@@ -186,7 +199,9 @@ def _commands() -> None:
 
 @app.command()
 def data(
-    root: Annotated[Path | None, typer.Argument(help="A data set with PNG originals; none: temporary files.")] = None,
+    root: Annotated[
+        Path | None, typer.Argument(help="A data set with PNG originals; none: temporary files.")
+    ] = None,
     size: Annotated[int, typer.Option(help="Side of the cached squares.", min=8)] = 256,
     batch_size: Annotated[int, typer.Option(help="Images in a batch.", min=1)] = 32,
     images: Annotated[int, typer.Option(help="How many files to read.", min=1)] = 128,
@@ -198,6 +213,7 @@ def data(
         with tempfile.TemporaryDirectory() as temporary:
             found = only_png(read(root)) if root else read(write_pngs(Path(temporary), images))
             result = bench_data(found, size, batch_size, rounds, n=images)
+            fingerprint = found.fingerprint  # while its files are there
     except CxrError as e:
         typer.echo(f"error: {e}", err=True)
         raise typer.Exit(1) from None
@@ -205,7 +221,7 @@ def data(
           f"{rounds} rounds; both ways give the same tensors\n\n{report(result)}")  # fmt: skip
     if out:
         config = {k: v for k, v in result.items() if k not in ("rates", "ratios")}
-        write_json(out, dict(result=result, stamp=stamp(config, found.fingerprint if root else "temporary PNGs")))
+        write_json(out, dict(result=result, stamp=stamp(config, fingerprint)))
 
 # %% ../nbs/23_performance.ipynb #49e0f68f
 if __name__ == "__main__" and __package__:

@@ -85,7 +85,7 @@ class Settings(BaseModel):
         return "\n".join(lines)
 
     @classmethod
-    def preset(
+    def from_preset(
         cls,
         name: str,  # "smoke", "quick" or "paper"
         **overrides,  # single settings that differ from the preset
@@ -93,7 +93,8 @@ class Settings(BaseModel):
         "The settings of a preset, with single values overridden."
         if name not in PRESETS:
             raise CxrError(f"preset = {name!r}: {did_you_mean(str(name), PRESETS)}")
-        return cls(**{**cls.presets.get(name, {}), **overrides})
+        own = {"preset": name} if "preset" in cls.model_fields else {}
+        return cls(**{**cls.presets.get(name, {}), **own, **overrides})
 
     def but(self, **changes):
         "A copy with some values changed, checked like a new one."

@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from .anatomy import absorption, film, sign, stand
+from .anatomy import Anatomy, absorption, film, sign, stand
 from .core import FINDINGS, NO_FINDING, CxrError, Settings, atomic, derive, digest, home, n_cpus
 from .core import progress, read_json, write_json
 
@@ -115,7 +115,7 @@ class Drawing(NamedTuple):
     masks: dict[str, np.ndarray]  # finding -> (size, size) bool: the pixels that it may change
     structures: dict[str, np.ndarray]  # left_lung, right_lung, heart -> (size, size) bool
     boxes: dict[str, np.ndarray]  # finding -> x0, y0, x1, y1 in fractions of the image
-    cases: dict[str, dict]  # finding -> side, severity
+    cases: dict[str, dict]  # finding -> side ("left", "right", "both"; the patient's), severity (0..1)
     visit: Visit
 
 
@@ -134,6 +134,11 @@ def _case(settings: PhantomSettings, visit: Visit, name: str):
     side, start = int(rng.choice((-1, 1))), rng.random()
     drift = 0.12 * _rng(settings, "drift", visit.patient, name, visit.follow_up).standard_normal()
     return dict(side=side, severity=float(np.clip(start + drift, 0, 1)), rng=rng)
+
+
+def _side(mask: np.ndarray, a: Anatomy) -> str:
+    left = (a.side[mask] > 0).mean()  # share of the patient's left
+    return "left" if left > 0.9 else "right" if left < 0.1 else "both"
 
 # %% ../nbs/02_phantom.ipynb #dd2c5c30
 def draw_image(
@@ -164,7 +169,7 @@ def draw_image(
     return Drawing(
         image, np.array([f in names for f in FINDINGS], np.uint8), masks, dict(zip(STRUCTURES, (left, right, heart))),
         {f: enclosing_box(mask) for f, mask in masks.items()},
-        {f: dict(side="left" if c["side"] > 0 else "right", severity=c["severity"]) for f, c in cases.items()},
+        {f: dict(side=_side(mask, a), severity=cases[f]["severity"]) for f, mask in masks.items()},
         visit._replace(findings=names),
     )  # fmt: skip
 
@@ -380,7 +385,7 @@ def app() -> None:
         given = dict(n_images=n_images, size=size, seed=seed, prevalence=prevalence, contrast=contrast)
         given = {k: v for k, v in given.items() if v is not None}
         try:
-            settings = PhantomSettings.preset(preset, **given) if preset else PhantomSettings(**given)
+            settings = PhantomSettings.from_preset(preset, **given) if preset else PhantomSettings(**given)
             print(draw_dataset(settings, folder, workers))
         except CxrError as e:
             raise SystemExit(f"error: {e}") from None

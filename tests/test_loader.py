@@ -116,7 +116,9 @@ def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path):
         read_grey(path, max_megapixels=0.01)
 
 
-@pytest.mark.parametrize("kind", ["rgba", "grey+alpha", "16 bit", "16 bit rgba", "palette", "1 bit", "gif", "tif", "tif 16", "bmp"])
+@pytest.mark.parametrize(
+    "kind", ["rgba", "grey+alpha", "16 bit", "16 bit rgba", "palette", "1 bit", "gif", "tif", "tif 16", "bmp"]
+)
 def test_every_kind_of_pixel_becomes_the_same_grey(tmp_path, kind):
     from PIL import Image
 
@@ -132,8 +134,8 @@ def test_every_kind_of_pixel_becomes_the_same_grey(tmp_path, kind):
         Image.fromarray(wide).save(path)
     else:
         image = Image.fromarray(picture)
-        image = {"rgba": lambda: Image.fromarray(np.dstack([picture] * 3 + [alpha])), "palette": lambda: image.convert("P"),
-                 "grey+alpha": lambda: Image.fromarray(np.dstack([picture, alpha]), "LA"),
+        image = {"rgba": lambda: Image.fromarray(np.dstack([picture] * 3 + [alpha])),
+                 "palette": lambda: image.convert("P"), "grey+alpha": lambda: Image.fromarray(np.dstack([picture, alpha]), "LA"),
                  "1 bit": lambda: image.convert("1")}.get(kind, lambda: image)()  # fmt: skip
         image.save(path)
     assert np.abs(read_grey(path).astype(int) - picture).max() <= 1
@@ -166,7 +168,9 @@ def test_default_folder_tells_caches_apart(tmp_path, monkeypatch):
     data = data_set(tmp_path, noise_files(tmp_path, 5))
     caches = [build_cache(data, *a) for a in [(32,), (16,), (32, [0, 1]), (32, None)]]
     assert len({c.folder for c in caches}) == 3 and caches[0].folder == caches[3].folder
-    assert caches[0].folder.parent == tmp_path / "home" / "cache" and caches[0].folder.name.startswith("test-32-")
+    assert caches[0].folder.parent == tmp_path / "home" / "cache" and caches[0].folder.name.startswith(
+        "test-32-"
+    )
     with pytest.raises(CxrError, match="holds the cache of other data"):
         build_cache(data, 16, folder=caches[0].folder)
 
@@ -244,7 +248,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from cxr_book import images
 paths = sorted(Path(sys.argv[1]).glob("*.png"))
-data = SimpleNamespace(name="test", root=Path(sys.argv[1]), paths=paths, masks={"heart": [p if i % 3 else None for i, p in enumerate(paths)]})
+masks = {"heart": [p if i % 3 else None for i, p in enumerate(paths)]}
+data = SimpleNamespace(name="test", root=Path(sys.argv[1]), paths=paths, masks=masks)
 print("ready", flush=True)
 while True:
     images.build_cache(data, 32, masks=["heart"], folder=sys.argv[2], workers=2)
@@ -291,7 +296,9 @@ def test_seventeen_masks_keep_their_bits(tmp_path):
     masks["m4"][1] = None
     truth[4, 1] = False
     for names in (list(masks), list(masks)[:9], list(masks)[:3]):
-        cache = build_cache(data_set(tmp_path, paths, masks), 32, masks=names, folder=tmp_path / f"c{len(names)}")
+        cache = build_cache(
+            data_set(tmp_path, paths, masks), 32, masks=names, folder=tmp_path / f"c{len(names)}"
+        )
         batch = next(Loader(cache, np.zeros((3, 14)), [0, 1, 2], 3, masks=True).epoch(0))
         assert torch.equal(batch.masks, torch.from_numpy(truth[: len(names)]).transpose(0, 1).float())
     few = next(Loader(cache, np.zeros((3, 14)), [2], 1, masks=["m2", "m0"]).epoch(0))
@@ -326,7 +333,11 @@ def marked(tmp_path_factory):
     mask = np.zeros_like(image)
     mask[box[1] : box[3], box[0] : box[2]] = 255
     cv2.imwrite(str(root / "a.png"), image)
-    cv2.imwrite(str(root / "b.jpg"), cv2.resize(image, (512, 512), interpolation=cv2.INTER_AREA), [cv2.IMWRITE_JPEG_QUALITY, 95])
+    cv2.imwrite(
+        str(root / "b.jpg"),
+        cv2.resize(image, (512, 512), interpolation=cv2.INTER_AREA),
+        [cv2.IMWRITE_JPEG_QUALITY, 95],
+    )
     cv2.imwrite(str(root / "mask.png"), mask)
     data = data_set(root, [root / "a.png", root / "b.jpg"], {"heart": [root / "mask.png"] * 2})
     return build_cache(data, 256, masks=["heart"], folder=root / "cache"), data, box / 1024
@@ -342,7 +353,12 @@ def test_a_box_goes_to_the_augmented_frame_and_back_within_half_a_pixel(marked, 
     inside = ((quads > 0.12) & (quads < 0.88)).all((1, 2))  # all four markers wholly in view
     mirrored = np.linalg.det(batch.affine.double().numpy()[:, :2, :2]) < 0
     turned = np.abs(batch.affine[:, 0, 1].numpy()) > 0.1
-    assert inside.sum() > 20 and (mirrored & inside).any() and (~mirrored & inside).any() and (turned & inside).sum() > 5
+    assert (
+        inside.sum() > 20
+        and (mirrored & inside).any()
+        and (~mirrored & inside).any()
+        and (turned & inside).sum() > 5
+    )
     for i in np.flatnonzero(inside):
         found = centroids(batch.x[i, 0].numpy(), 4)
         assert np.abs(found - quads[i]).max() * size < 0.5  # where the image shows it
@@ -356,7 +372,9 @@ def test_without_augmentation_the_markers_are_where_the_box_says(marked):
     cache, data, box = marked
     crop = Augment(centre_crop=224 / 256)
     for augment, size in ((None, 256), (crop, 224), (None, 128), (None, 300)):
-        batch = next(Loader(cache, data, [0, 1], 2, augment=augment, size=size if augment is None else None).epoch(0))
+        batch = next(
+            Loader(cache, data, [0, 1], 2, augment=augment, size=size if augment is None else None).epoch(0)
+        )
         quads, around = move_boxes(np.repeat(box[None], 2, 0), batch.affine)
         assert batch.x.shape[-1] == size
         for i in (0, 1):
@@ -395,7 +413,9 @@ def test_there_and_back_again(A, seed):
 def test_a_composed_affine_is_its_parts_in_turn(A, seed):
     B = sample_affines(3, STRONG, torch.Generator().manual_seed(seed))
     points = np.random.default_rng(seed).random((3, 7, 2))
-    assert np.allclose(move_points(points, A.double() @ B.double()), move_points(move_points(points, B), A), atol=1e-12)
+    assert np.allclose(
+        move_points(points, A.double() @ B.double()), move_points(move_points(points, B), A), atol=1e-12
+    )
 
 
 def test_gradients_flow_through_image_and_matrix():
@@ -436,7 +456,9 @@ def test_start_resumes_exactly_and_epochs_differ(toys):
     loader = Loader(cache, data, np.arange(30), 8, augment=STRONG, seed=3, shuffle=True, drop_last=True)
     epochs = [list(loader.epoch(e)) for e in range(3)]
     assert [len(e) for e in epochs] == [3, 3, 3] and len(loader) == 3
-    again = list(Loader(cache, data, np.arange(30), 8, augment=STRONG, seed=3, shuffle=True, drop_last=True).epoch(1, 2))
+    again = list(
+        Loader(cache, data, np.arange(30), 8, augment=STRONG, seed=3, shuffle=True, drop_last=True).epoch(1, 2)
+    )
     assert len(again) == 1 and same(again[0], epochs[1][2])
     assert not torch.equal(epochs[0][0].rows, epochs[1][0].rows)
     other = next(Loader(cache, data, np.arange(30), 8, seed=4, shuffle=True).epoch(0))
