@@ -91,9 +91,7 @@ def rate(job: Callable[[], int], seconds: float = 0.3) -> float:
     return n / took
 
 
-def in_turns(
-    jobs: dict[str, Callable[[], int]], rounds: int = 5, seconds: float = 0.3
-) -> dict[str, np.ndarray]:
+def in_turns(jobs: dict[str, Callable[[], int]], rounds: int = 5, seconds: float = 0.3) -> dict:
     "Images per second of each job in each round, (rounds,); one round before them warms up and is not counted."
     runs = [{name: rate(job, seconds if i else 0) for name, job in jobs.items()} for i in range(rounds + 1)]
     return {name: np.array([run[name] for run in runs[1:]]) for name in jobs}
@@ -140,14 +138,10 @@ def bench_data(
 
         def build():
             with contextlib.redirect_stdout(io.StringIO()):  # no progress
-                return build_cache(
-                    radiographs, size, rows, workers=workers, folder=Path(temporary) / f"{next(count)}"
-                )
+                return build_cache(radiographs, size, rows, workers=workers, folder=f"{temporary}/{next(count)}")
 
         cache = build()
-        still, moving = (
-            Loader(cache, radiographs, rows, batch_size, augment=a, size=size) for a in (None, STRONG)
-        )
+        still, moving = (Loader(cache, radiographs, rows, batch_size, a, size) for a in (None, STRONG))
         _same(plain, still, moving)
         rates = in_turns({
             "plain DataLoader": lambda: _through(plain),
@@ -156,40 +150,30 @@ def bench_data(
             "imread + resize": lambda: sum(pool.map(_bare, shares, [size] * workers)),
             "building the cache": lambda: len(build()),
         }, rounds)  # fmt: skip
-    against = {
-        "cache": "plain DataLoader",
-        "cache, augmented": "plain DataLoader",
-        "building the cache": "imread + resize",
-    }
+    slow = "plain DataLoader"
+    against = {"cache": slow, "cache, augmented": slow, "building the cache": "imread + resize"}
     return dict(size=size, batch_size=batch_size, images=n, workers=workers, rounds=rounds,
                 rates={k: spread(v) for k, v in rates.items()},
                 ratios={f"{a} / {b}": spread(rates[a] / rates[b]) for a, b in against.items()})  # fmt: skip
 
 # %% ../nbs/23_performance.ipynb #055307cf
 def report(result: dict) -> str:
-    "The rates and ratios of a benchmark as Markdown tables."
-    lines = ["| way | images/s | from | to |", "|:--|--:|--:|--:|"]
-    lines += [
-        f"| {k} | {v['median']:,.0f} | {v['low']:,.0f} | {v['high']:,.0f} |" for k, v in result["rates"].items()
-    ]
-    lines += ["", "| ratio | median | from | to |", "|:--|--:|--:|--:|"]
-    lines += [
-        f"| {k} | {v['median']:,.2f} | {v['low']:,.2f} | {v['high']:,.2f} |"
-        for k, v in result["ratios"].items()
-    ]
+    "Rates (images per second) and ratios of a benchmark as Markdown tables."
+    lines = []
+    for name, digits in (("rates", 0), ("ratios", 2)):
+        lines += ["", f"| {name} | median | from | to |", "|:--|--:|--:|--:|"]
+        for way, v in result[name].items():
+            lines += [f"| {way} | " + " | ".join(f"{v[k]:,.{digits}f}" for k in ("median", "low", "high")) + " |"]
     return "\n".join(lines)
 
 # %% ../nbs/23_performance.ipynb #8c1080c2
 def only_png(radiographs: Radiographs) -> Radiographs:
     "The same data set with the PNG originals alone; resized JPEG copies decode faster and would flatter us."
-    return dataclasses.replace(
-        radiographs, paths=[p if p and p.suffix == ".png" else None for p in radiographs.paths]
-    )
+    paths = [p if p and p.suffix == ".png" else None for p in radiographs.paths]
+    return dataclasses.replace(radiographs, paths=paths)
 
 # %% ../nbs/23_performance.ipynb #cac8614d
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Measure parts of the book beside the alternatives."
-)
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure the book beside the alternatives.")
 
 
 @app.callback()
@@ -199,9 +183,7 @@ def _commands() -> None:
 
 @app.command()
 def data(
-    root: Annotated[
-        Path | None, typer.Argument(help="A data set with PNG originals; none: temporary files.")
-    ] = None,
+    root: Annotated[Path | None, typer.Argument(help="A data set with PNGs; none: temporary files.")] = None,
     size: Annotated[int, typer.Option(help="Side of the cached squares.", min=8)] = 256,
     batch_size: Annotated[int, typer.Option(help="Images in a batch.", min=1)] = 32,
     images: Annotated[int, typer.Option(help="How many files to read.", min=1)] = 128,
@@ -218,7 +200,7 @@ def data(
         typer.echo(f"error: {e}", err=True)
         raise typer.Exit(1) from None
     print(f"{result['images']} images at {size} x {size}, batches of {batch_size}, {result['workers']} workers, "
-          f"{rounds} rounds; both ways give the same tensors\n\n{report(result)}")  # fmt: skip
+          f"{rounds} rounds; both ways give the same tensors\n{report(result)}")  # fmt: skip
     if out:
         config = {k: v for k, v in result.items() if k not in ("rates", "ratios")}
         write_json(out, dict(result=result, stamp=stamp(config, fingerprint)))

@@ -135,7 +135,8 @@ def test_every_kind_of_pixel_becomes_the_same_grey(tmp_path, kind):
     else:
         image = Image.fromarray(picture)
         image = {"rgba": lambda: Image.fromarray(np.dstack([picture] * 3 + [alpha])),
-                 "palette": lambda: image.convert("P"), "grey+alpha": lambda: Image.fromarray(np.dstack([picture, alpha]), "LA"),
+                 "palette": lambda: image.convert("P"),
+                 "grey+alpha": lambda: Image.fromarray(np.dstack([picture, alpha]), "LA"),
                  "1 bit": lambda: image.convert("1")}.get(kind, lambda: image)()  # fmt: skip
         image.save(path)
     assert np.abs(read_grey(path).astype(int) - picture).max() <= 1
@@ -451,6 +452,12 @@ def test_ranks_together_give_the_batches_of_one(toys, world):
             assert same(many[r][step][:4], [t[r::world] for t in whole[:4]])
 
 
+def test_ranks_share_an_evaluation_however_it_divides(toys):
+    cache, data = toys
+    seen = [torch.cat([b.rows for b in Loader(cache, data, np.arange(29), 7, rank=r, world=3).epoch(0)]) for r in range(3)]
+    assert sorted(torch.cat(seen).tolist()) == list(range(29))
+
+
 def test_start_resumes_exactly_and_epochs_differ(toys):
     cache, data = toys
     loader = Loader(cache, data, np.arange(30), 8, augment=STRONG, seed=3, shuffle=True, drop_last=True)
@@ -488,7 +495,7 @@ def test_a_batch_that_is_kept_is_never_written_over(toys):
 
 def test_what_the_loader_refuses(toys):
     cache, data = toys
-    for knobs, says in [(dict(batch_size=0), "batch_size = 0"), (dict(batch_size=9, world=2), "multiple of the 2"),
+    for knobs, says in [(dict(batch_size=0), "batch_size = 0"), (dict(batch_size=9, world=2, shuffle=True), "multiple of the 2"),
                         (dict(batch_size=29 * 2, world=29, rank=29), "batch_size"),
                         (dict(batch_size=4, world=4, shuffle=True), "drop_last")]:  # fmt: skip
         with pytest.raises(CxrError, match=says):
