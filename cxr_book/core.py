@@ -316,11 +316,11 @@ class Run:
         "The run folder of one model inside this one."
         return Run(self.folder / name, settings or self.settings, self.data)
 
-    def figure(self, fig, name: str, dpi: int = 100) -> Path:
-        "Save a matplotlib figure as `figures/name.png`."
+    def figure(self, fig, name: str) -> Path:
+        "Save a matplotlib figure as `figures/name.png`, at the figure's own resolution."
         path = self.figures / f"{name}.png"
         with atomic(path) as part:
-            fig.savefig(part, dpi=dpi, bbox_inches="tight", format="png")
+            fig.savefig(part, dpi=fig.dpi, bbox_inches="tight", format="png")
         return path
 
     def finish(self, metrics: dict[str, Any], device="cpu") -> dict[str, Any]:

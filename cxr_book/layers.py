@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BODIES', 'POOLS', 'Output', 'GreyInput', 'save_weights', 'read_weights', 'load_strict', 'BodySpec',
-           'imagenet_weights', 'Body', 'count_parameters', 'replace_relu', 'frozen', 'freeze', 'AvgPool', 'MaxPool',
-           'LSEPool', 'LSELBAPool', 'PCAMPool', 'Classifier', 'ClassWeights', 'bce', 'weighted_bce', 'static_weights',
+           'imagenet_weights', 'Body', 'count_parameters', 'replace_relu', 'AvgPool', 'MaxPool', 'LSEPool',
+           'LSELBAPool', 'PCAMPool', 'Classifier', 'ClassWeights', 'bce', 'weighted_bce', 'static_weights',
            'batch_weights', 'StaticBCELoss', 'BatchBCELoss', 'Blur', 'BlurConv2d', 'blur_pool']
 
 # %% ../nbs/05_layers.ipynb #e2dcc7a2
@@ -14,7 +14,7 @@ import math
 import re
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType, MethodType
+from types import MappingProxyType
 from typing import Any, Callable, Mapping, NamedTuple
 
 import safetensors.torch
@@ -261,36 +261,6 @@ def replace_relu(
         for name, child in parent.named_children():
             if isinstance(child, nn.ReLU):
                 setattr(parent, name, new())
-    return module
-
-# %% ../nbs/05_layers.ipynb #7a7fc4df
-def frozen(
-    module: nn.Module,  # changed in place
-) -> nn.Module:
-    "Stop all parameters of `module` and keep it in eval mode, also after `.train()`."
-    module.requires_grad_(False).eval()
-    module.train = MethodType(_stay, module)
-    return module
-
-
-def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
-    return nn.Module.train(module, False)
-
-
-def freeze(
-    module: nn.Module,  # changed in place
-    prefixes: tuple[str, ...],  # names of submodules or parameters, e.g. ("stem", "block1"); "" is all of it
-) -> nn.Module:
-    "Freeze what `prefixes` name."
-    modules, parameters = dict(module.named_modules()), dict(module.named_parameters())
-    for p in prefixes:
-        if p in modules:
-            frozen(modules[p])
-        elif p in parameters:
-            parameters[p].requires_grad_(False)
-        else:
-            hint = did_you_mean(p, [m for m in modules if m])
-            raise CxrError(f"freeze: {type(module).__name__} has no {p!r}; {hint}")
     return module
 
 # %% ../nbs/05_layers.ipynb #51c63681

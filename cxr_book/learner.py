@@ -132,8 +132,7 @@ class Learner:
         self.method, self.run, self.score, self.seed = method, run, score, seed
         self.stages = method.stages() if stages is None else stages
         self.fabric = fabric or make_fabric()
-        rank, world = self.fabric.global_rank, self.fabric.world_size
-        self.train, self.valid = train.shard(rank, world), valid.shard(rank, world)
+        self.train, self.valid = train.shard(self.fabric.global_rank, self.fabric.world_size), valid
         self.save_minutes = save_minutes
         self.state_file, self.best_file = run.state / "last.pt", run.state / "best.safetensors"
         self.history: list[dict[str, Any]] = []
@@ -263,7 +262,7 @@ def validate(self: Learner, kept: nn.Module, stage: Stage) -> dict[str, float]:
     kept.eval()
     sums, n, y, logits = {}, 0, [], []
     with self.fabric.autocast():
-        for batch in self.valid.epoch(0):
+        for batch in self.valid.epoch(0, self.fabric.global_rank, self.fabric.world_size):  # whole batches
             losses = kept.loss(batch, stage.name)
             y.append(batch.y.cpu().numpy())
             logits.append(losses.pop("logits").float().cpu().numpy())

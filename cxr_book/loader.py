@@ -273,7 +273,7 @@ class Loader:
                 raise CxrError(f"masks = {s!r}: not in the cache; {did_you_mean(s, cache.structures)}")
 
     def _check_share(self) -> None:
-        "Training batches must be shared evenly; what is only looked at need not be."
+        "Batches must be shared evenly."
         if (
             self.batch_size < 1
             or not 0 <= self.rank < self.world
@@ -305,10 +305,10 @@ class Loader:
     def _generator(self, *keys) -> torch.Generator:
         return torch.Generator().manual_seed(derive(self.seed, *keys))
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        "The batches of an epoch from step `start` on; this process' part of each."
+    def epoch(self, epoch: int, start: int = 0, every: int = 1) -> Iterator[Batch]:
+        "The batches of an epoch from step `start` on, or every n-th of them; this process' part of each."
         order = self.order(epoch)
-        for step in range(start, len(self)):
+        for step in range(start, len(self), every):
             at = order[step * self.batch_size : (step + 1) * self.batch_size]
             A = torch.eye(3).expand(len(at), 3, 3)
             if self.augment != Augment():

@@ -259,19 +259,6 @@ def test_a_finer_last_map_has_the_same_weights(name):
         assert {k: v.shape for k, v in fine.state_dict().items()} == {k: v.shape for k, v in own.state_dict().items()}
 
 
-def test_frozen_survives_train_and_deepcopy():
-    body = L.freeze(L.Body("small-densenet"), ("stem", "block1"))
-    for model in (body, copy.deepcopy(body)):
-        whole = nn.ModuleDict({"body": model})
-        whole.train()
-        before = model.stem[1].running_mean.clone()
-        model(torch.rand(2, 1, 64, 64))
-        assert torch.equal(model.stem[1].running_mean, before) and not model.block1.training and model.block2.training
-        assert model.stem.train.__self__ is model.stem
-    with pytest.raises(CxrError, match="block1"):
-        L.freeze(body, ("blok1",))
-
-
 def test_blur_takes_no_body_without_residual_blocks():
     with pytest.raises(CxrError, match="no residual block"):
         L.blur_pool(L.Body("small-densenet"))

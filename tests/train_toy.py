@@ -61,19 +61,26 @@ def train(data, cache, out, epochs):
     learner.fit()
 
 
+def fork(args):
+    "The training in a process of its own; torch has not computed anything here yet, so a fork is safe."
+    child = os.fork()
+    if child == 0:
+        train(*args)
+        os._exit(0)
+    return child
+
+
 def killed(args, kills, seed):
-    "Start the training in a fork and kill it, `kills` times; torch has not computed anything here yet, so forks are safe."
-    rng, died = random.Random(seed), 0
-    while died < kills:
-        child = os.fork()
-        if child == 0:
-            train(*args)
-            os._exit(0)
-        time.sleep(rng.uniform(0.05, 1.2))
+    "Measure an undisturbed training, then start another one and kill it, `kills` times, at random moments."
+    *given, out, epochs = args
+    start = time.monotonic()
+    os.waitpid(fork((*given, f"{out}-whole", epochs)), 0)
+    whole, rng, died = time.monotonic() - start, random.Random(seed), 0
+    while died < kills and not (Path(out) / "history.json").exists():
+        child = fork(args)
+        time.sleep(rng.uniform(0.1, 0.4) * whole)
         os.kill(child, signal.SIGKILL)
         died += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        if (Path(args[2]) / "history.json").exists():
-            break
     print(json.dumps(dict(died=died)))
 
 
