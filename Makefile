@@ -30,7 +30,9 @@ $(READY): pyproject.toml
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 >/dev/null
 	@touch $@
 
-book: install $(EXECUTED) site  ## run every notebook on the drawn data set, then render the site (PRESET=smoke|quick|paper)
+book: install $(EXECUTED)  ## run every notebook on the drawn data set, then render the site (PRESET=smoke|quick|paper)
+	@$(BIN)/python -m cxr_book.site publish $(BOOK) --to $(BOOK)/published
+	@CXR_BOOK_PUBLISHED=$(BOOK)/published $(MAKE) --no-print-directory site
 	@echo; echo "The executed notebooks: $(BOOK)/*/notebook.ipynb"
 	@echo "The results of a chapter: $(BOOK)/10_baselines (metrics.json, figures/, a run folder for each model)"
 	@[ ! -f _book/index.html ] || echo "The site: _book/index.html"

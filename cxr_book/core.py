@@ -237,7 +237,12 @@ def pick_precision(
 
     if wanted != "auto":
         return wanted
-    return "bf16-mixed" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        asked = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
+        native = device.type == "cpu" and any(supported() for supported in asked if supported)
+    return "bf16-mixed" if native else "32-true"
 
 
 def check_torchvision() -> None:

@@ -219,7 +219,8 @@ def _step(self: Learner, stage: Stage, module, opt, ema, batch, n: int) -> None:
     last_of_group = (now["step"] + 1) % stage.accumulate == 0 or now["step"] + 1 == n
     group = min(stage.accumulate, n - now["step"] // stage.accumulate * stage.accumulate)
     with self.fabric.no_backward_sync(module, enabled=not last_of_group and self.fabric.world_size > 1):
-        losses = module.loss(batch, stage.name)
+        with self.fabric.autocast():  # Fabric itself casts `forward` only
+            losses = module.loss(batch, stage.name)
         self.fabric.backward(losses["loss"] / group)
     if last_of_group:
         t = (now["epoch"] + now["step"] / n) / stage.epochs
