@@ -10,6 +10,7 @@ __all__ = ['FINDINGS', 'BOXED', 'NO_FINDING', 'PRESETS', 'CxrError', 'did_you_me
 # %% ../nbs/01_core.ipynb #0f409d82
 import contextlib
 import difflib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -126,7 +127,7 @@ def atomic(
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
-        if e.errno == 28:  # no space left on device
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CxrError(f"{path}: the disk is full; nothing was changed. Free some space and run it again.") from e
         raise
     finally:

@@ -6,8 +6,10 @@
 __all__ = ['Stage', 'lr_factor', 'set_trainable', 'train_mode', 'make_optimizer', 'make_fabric', 'Learner']
 
 # %% ../nbs/06_learner.ipynb #f4c03934
+import io
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterable
@@ -285,14 +287,19 @@ def _save(self: Learner, opt=None, ema=None) -> None:
     if self.fabric.is_global_zero:
         extra = {"optimizer": opt.state_dict()} if opt else {}
         extra |= {"ema": ema.state_dict()} if ema else {}
+        buffer = io.BytesIO()  # torch.save has errors of its own for a full disk; `atomic` explains them better
+        torch.save(dict(self.now, **extra, model=self.method.state_dict(), history=self.history), buffer)
         with atomic(self.state_file) as part:
-            torch.save(dict(self.now, **extra, model=self.method.state_dict(), history=self.history), part)
+            part.write_bytes(buffer.getbuffer())
     self.fabric.barrier()
 
 
 @patch
 def _load(self: Learner) -> dict[str, Any]:
     "The state of a run that was stopped, its weights put into the method; empty for a new run."
+    if self.fabric.is_global_zero:
+        for torn in self.run.state.glob(".*.tmp"):  # left by a kill in the middle of writing
+            torn.unlink()
     if not self.state_file.exists():
         return {}
     try:
@@ -325,7 +332,5 @@ def _mean(self: Learner, total, n: int) -> float:
 @patch
 def _bar(self: Learner, batches, desc: str, total: int):
     "A bar on a terminal, nothing elsewhere: there the line at the end of the epoch is enough."
-    import sys
-
     show = self.fabric.is_global_zero and sys.stderr.isatty()
     return progress(batches, desc, total) if show else batches

@@ -12,6 +12,7 @@ import math
 import sys
 from typing import Annotated, Iterator, NamedTuple, Sequence
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -167,8 +168,22 @@ def warp(
         return images[..., cut[0] : cut[0] + size, cut[1] : cut[1] + size]
     if (k := side // size) > 1 and side % k == 0:
         images = F.avg_pool2d(images, k)
+    learns = torch.is_grad_enabled() and (images.requires_grad or A.requires_grad)
+    if mode == "bilinear" and images.dtype == torch.float32 and images.device.type == "cpu" and not learns:
+        return _warp_on_cpu(images, A, size)
     grid = grid_of(A.to(images.device, torch.float32), size).to(images.dtype)
     return F.grid_sample(images, grid, mode=mode, padding_mode="zeros", align_corners=False)
+
+
+def _warp_on_cpu(images: torch.Tensor, A: torch.Tensor, size: int) -> torch.Tensor:
+    "The same by OpenCV, which on a CPU takes a third of the time of `grid_sample`."
+    side, A = images.shape[-1], A.detach().double().cpu()
+    M = torch.cat([A[:, :2, :2] * side / size, side * (A[:, :2, :2].sum(2, True) / 2 / size + A[:, :2, 2:]) - 0.5], 2)
+    out = torch.empty(*images.shape[:2], size, size)
+    for m, channels, results in zip(M.numpy(), images.detach().numpy(), out.numpy()):
+        for image, result in zip(channels, results):
+            cv2.warpAffine(image, m, (size, size), result, cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    return out
 
 # %% ../nbs/04b_loader.ipynb #d24182da
 class Batch(NamedTuple):
@@ -328,19 +343,12 @@ class Loader:
         cut = whole_pixels(A, self.side, self.size)
         top, left, side = (*cut, self.size) if cut else (0, 0, self.side)
         part = slice(None), slice(top, top + side), slice(left, left + side)
-        pad = (
-            0 if cut else 4
-        )  # rows of 1024 or 2048 bytes fall on each other in the processor's cache: a fifth slower
-        shape = len(slots), 1 + len(self.structures), side, side + pad
-        x = self.pool.empty(shape, torch.float32, self.device)[..., :side]
+        x = self.pool.empty((len(slots), 1 + len(self.structures), side, side), torch.float32, self.device)
         _to_grey(self._gather(self.images, slots)[part], x[:, 0])
         if self.structures:
             bits = self._gather(self.planes, slots)[part]
             x[:, 1:] = (bits[:, None] >> self.bits.to(bits.dtype)[:, None, None]) & 1
-        if cut or len(x) <= 32 or self.device.type != "cpu":
-            return x if cut else warp(x, A, self.size)
-        # on the CPU in parts, whose grids the system gives out without clearing fresh pages for each
-        return torch.cat([warp(*part, self.size) for part in zip(x.split(32), A.split(32))])
+        return x if cut else warp(x, A, self.size)
 
     def _gather(self, array: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         "The given squares, on the device."

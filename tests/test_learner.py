@@ -1,5 +1,6 @@
 "Trainings that are killed, and trainings that are shared by two processes."
 
+import errno
 import json
 import os
 import subprocess
@@ -11,8 +12,9 @@ import torch
 
 from cxr_book.core import CxrError, Run, Settings
 from cxr_book.layers import read_weights
-from cxr_book.learner import Stage
+from cxr_book.learner import Learner, Stage, make_fabric
 from cxr_book.phantom import PhantomSettings, draw_dataset
+from train_toy import Toy
 
 HERE = Path(__file__).parent
 TOLERANCE = 2e-4  # two processes add the same gradients in another order, 30 times
@@ -62,18 +64,53 @@ def test_two_processes_equal_one(drawn, tmp_path):
     assert worst < 10 * TOLERANCE, worst
 
 
+class NoData:
+    "A loader without a batch."
+
+    batch_size, rows = 1, []
+
+    def __len__(self):
+        return 0
+
+    def shard(self, rank, world):
+        return self
+
+    def epoch(self, *_):
+        return iter(())
+
+
+def learner_without_data(folder):
+    run = Run(folder, Settings())
+    return run, Learner(Toy(), NoData(), NoData(), run, [Stage(epochs=0)], fabric=make_fabric("cpu"))
+
+
 def test_a_foreign_state_is_refused(tmp_path):
-    from train_toy import Toy
-
-    from cxr_book.learner import Learner, make_fabric
-
-    run = Run(tmp_path / "run", Settings())
+    run, learner = learner_without_data(tmp_path / "run")
     torch.save({"model": os.system}, run.state / "last.pt")  # a pickle that names a function
-
-    class NoData:
-        def shard(self, rank, world):
-            return self
-
-    learner = Learner(Toy(), NoData(), NoData(), run, [Stage()], fabric=make_fabric("cpu"))
     with pytest.raises(CxrError, match="last.pt"):
         learner.fit()
+
+
+def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch):
+    run, learner = learner_without_data(tmp_path / "run")
+    learner.now = dict(stage=0, epoch=3)
+    learner._save()
+    before = (run.state / "last.pt").read_bytes()
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "write_bytes", full)
+        learner.now = dict(stage=0, epoch=4)
+        with pytest.raises(CxrError, match="disk is full"):
+            learner._save()
+    assert (run.state / "last.pt").read_bytes() == before and len(list(run.state.iterdir())) == 1
+    assert learner._load()["epoch"] == 3
+
+
+def test_what_a_kill_tore_is_swept_up(tmp_path):
+    run, learner = learner_without_data(tmp_path / "run")
+    (run.state / ".last.pt.123.tmp").write_bytes(b"half of a state")
+    learner.fit()
+    assert not list(run.state.iterdir())
