@@ -14,7 +14,7 @@ BIN = Path(sys.executable).parent
 CHAPTERS = sorted((ROOT / "nbs").glob("1?_*.ipynb"))
 
 
-def execute(notebook, folder, home):
+def execute(notebook, folder, home, *parameters):
     "Run a chapter; return its metrics."
     env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "CXR_BOOK_HOME": str(home)}
     command = [
@@ -27,7 +27,7 @@ def execute(notebook, folder, home):
         "python3",
         "--no-progress-bar",
     ]
-    command += ["-p", "preset", "smoke", "-p", "out_dir", folder]
+    command += ["-p", "preset", "smoke", "-p", "out_dir", folder, *parameters]
     done = subprocess.run(
         [*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
     )
@@ -59,3 +59,13 @@ def test_smoke(notebook, tmp_path):
     again = execute(notebook, folder, tmp_path)
     assert timeless(again) == timeless(first)
     assert {f: f.stat().st_mtime_ns for f in weights} == weights  # nothing was trained again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda f: f.stem)
+def test_real_radiographs(notebook, tmp_path):
+    real = ROOT.parent / "shared" / "chestxray14"
+    if not real.is_dir():
+        pytest.skip("no real radiographs beside this checkout")
+    metrics = execute(notebook, tmp_path / "run", tmp_path, "-p", "data_root", real)
+    assert all(result["n_pairs"] == 34 for result in metrics.values() if isinstance(result, dict))

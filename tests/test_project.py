@@ -274,3 +274,16 @@ def test_no_registry_and_no_path_of_a_machine():
 def test_nothing_large_and_nothing_executed_is_committed():
     assert [n for n, text in files() if len(text) > 1_600_000] == []
     assert not [n for n, _ in files() if n.startswith(("runs/", "data/", "cache/", "_book/"))]
+
+
+def test_figures_in_the_readme_are_published():
+    "Every figure of the README's results stands in an output of a published notebook."
+    results = (ROOT / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
+    figures = set(re.findall(r"\d\.\d{3}", results))
+    assert figures, "the README's results hold no figure"
+    shown = "".join(
+        json.dumps(cell.get("outputs", []))
+        for twin in (ROOT / "published").glob("*.ipynb")
+        for cell in json.loads(twin.read_text())["cells"]
+    )
+    assert not [f for f in figures if f not in shown]
