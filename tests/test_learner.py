@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from cxr_book.core import CxrError, Run, Settings
+from cxr_book.data import read
 from cxr_book.layers import read_weights
 from cxr_book.learner import Learner, Stage, make_fabric
+from cxr_book.loader import Loader, build_cache
 from cxr_book.phantom import PhantomSettings, draw_dataset
+from cxr_book.splits import official_split
 from train_toy import Toy
 
 HERE = Path(__file__).parent
@@ -114,3 +117,18 @@ def test_what_a_kill_tore_is_swept_up(tmp_path):
     (run.state / ".last.pt.123.tmp").write_bytes(b"half of a state")
     learner.fit()
     assert not list(run.state.iterdir())
+
+
+def test_early_stopping(drawn, tmp_path):
+    "Nothing gets better after the first epoch: two more, then it stops, with the weights of the first."
+    radiographs = read(drawn)
+    split = official_split(radiographs, valid=0.3)
+    cached = build_cache(radiographs, size=64, folder=tmp_path / "cache")
+    loaders = [Loader(cached, radiographs, rows, 8, drop_last=True) for rows in (split.train, split.valid)]
+    stages = [Stage(epochs=9, patience=2, monitor="auroc", lr=1e-3)]
+    run, scores = Run(tmp_path / "run", Settings()), iter([0.7, 0.6, 0.7, 0.9])
+    learner = Learner(Toy(), *loaders, run, stages, lambda y, logits: dict(auroc=next(scores)), make_fabric("cpu"))
+    seen, close = [], learner._close_epoch
+    learner._close_epoch = lambda *a: (seen.append(learner.method.classifier.conv.weight.clone()), close(*a))
+    assert len(learner.fit()) == 3
+    assert torch.equal(learner.method.classifier.conv.weight, seen[0]) and not torch.equal(seen[0], seen[2])
