@@ -139,25 +139,27 @@ class Learner:
         self.state_file, self.best_file = run.state / "last.pt", run.state / "best.safetensors"
         self.history: list[dict[str, Any]] = []
 
-    def fit(self) -> list[dict[str, Any]]:
-        "Train to the end and return the history; at once if the run folder is finished."
-        weights, history = self.run.folder / "weights.safetensors", self.run.folder / "history.json"
-        self.method.to(self.fabric.device)
-        if weights.exists() and history.exists():
-            load_strict(self.method, weights)
-            self.history = read_json(history)
-            return self.history
-        state = self._load()
-        for i, stage in enumerate(self.stages):
-            if i >= state.get("stage", 0):
-                self._fit_stage(i, stage, state if i == state.get("stage") else {})
-        if self.fabric.is_global_zero:
-            save_weights(self.method, weights, self.run.config)
-            write_json(history, self.history)
-            for f in (self.state_file, self.best_file):
-                f.unlink(missing_ok=True)
-        self.fabric.barrier()
+# %% ../nbs/06_learner.ipynb #6d7ec455
+@patch
+def fit(self: Learner) -> list[dict[str, Any]]:
+    "Train to the end and return the history; at once if the run folder is finished."
+    weights, history = self.run.folder / "weights.safetensors", self.run.folder / "history.json"
+    self.method.to(self.fabric.device)
+    if weights.exists() and history.exists():
+        load_strict(self.method, weights)
+        self.history = read_json(history)
         return self.history
+    state = self._load()
+    for i, stage in enumerate(self.stages):
+        if i >= state.get("stage", 0):
+            self._fit_stage(i, stage, state if i == state.get("stage") else {})
+    if self.fabric.is_global_zero:
+        save_weights(self.method, weights, self.run.config)
+        write_json(history, self.history)
+        for f in (self.state_file, self.best_file):
+            f.unlink(missing_ok=True)
+    self.fabric.barrier()
+    return self.history
 
 # %% ../nbs/06_learner.ipynb #61f753fb
 @patch

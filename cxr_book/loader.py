@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from pydantic import Field, model_validator
 
 from .core import CxrError, Settings, derive, did_you_mean
@@ -258,12 +259,8 @@ class Loader:
         world: int = 1,  # number of processes
         resident: bool | str = "auto",  # keep the cache on the device
     ):
-        self.augment, self.device, self.seed, self.shuffle = (
-            augment or Augment(),
-            torch.device(device),
-            seed,
-            shuffle,
-        )
+        self.augment, self.device = augment or Augment(), torch.device(device)
+        self.seed, self.shuffle = seed, shuffle
         self.batch_size, self.drop_last, self.rank, self.world = batch_size, drop_last, rank, world
         self.side, self.rows = cache.size, torch.from_numpy(np.array(rows, np.int64))
         self.size = size or self.augment.out_size or round(cache.size * self.augment.centre_crop)
@@ -271,11 +268,8 @@ class Loader:
         self._check(cache)
         self.steps = (len(self.rows) + (0 if drop_last else batch_size - 1)) // batch_size
         self.slots = torch.from_numpy(cache.position(self.rows.numpy()))
-        self.y = (
-            torch.from_numpy(np.asarray(getattr(labels, "labels", labels))[self.rows.numpy()])
-            .float()
-            .to(self.device)
-        )
+        y = np.asarray(getattr(labels, "labels", labels))[self.rows.numpy()]
+        self.y = torch.from_numpy(y).float().to(self.device)
         self.bits = torch.tensor([cache.structures.index(s) for s in self.structures], device=self.device)
         self.images, self.planes = _on_device(cache, self.device, resident)
         self.pool = _Pool()
@@ -289,74 +283,82 @@ class Loader:
 
     def _check_share(self) -> None:
         "Batches must be shared evenly."
-        if (
-            self.batch_size < 1
-            or not 0 <= self.rank < self.world
-            or self.shuffle
-            and self.batch_size % self.world
-        ):
-            raise CxrError(
-                f"batch_size = {self.batch_size}: must be a positive multiple of the {self.world} processes"
-            )
+        uneven = self.shuffle and self.batch_size % self.world
+        if self.batch_size < 1 or not 0 <= self.rank < self.world or uneven:
+            raise CxrError(f"batch_size = {self.batch_size}: must be a positive multiple of the {self.world} processes")
         if self.shuffle and not self.drop_last and 0 < len(self.rows) % self.batch_size < self.world:
             raise CxrError("the last batch is too small to be shared: use drop_last=True or another batch_size")
 
     def __len__(self) -> int:
         return self.steps
 
-    def shard(self, rank: int, world: int) -> "Loader":
-        "The same loader for one of several processes."
-        mine = copy.copy(self)
-        mine.rank, mine.world, mine.pool = rank, world, _Pool()
-        mine._check_share()
-        return mine
+# %% ../nbs/04b_loader.ipynb #d3e10a2a
+@patch
+def shard(self: Loader, rank: int, world: int) -> "Loader":
+    "The same loader for one of several processes."
+    mine = copy.copy(self)
+    mine.rank, mine.world, mine.pool = rank, world, _Pool()
+    mine._check_share()
+    return mine
 
-    def order(self, epoch: int) -> torch.Tensor:
-        "In which order an epoch goes through `rows`, (n,)."
-        if not self.shuffle:
-            return torch.arange(len(self.rows))
-        return torch.randperm(len(self.rows), generator=self._generator("order", epoch))
 
-    def _generator(self, *keys) -> torch.Generator:
-        return torch.Generator().manual_seed(derive(self.seed, *keys))
+@patch
+def order(self: Loader, epoch: int) -> torch.Tensor:
+    "In which order an epoch goes through `rows`, (n,)."
+    if not self.shuffle:
+        return torch.arange(len(self.rows))
+    return torch.randperm(len(self.rows), generator=self._generator("order", epoch))
 
-    def epoch(self, epoch: int, start: int = 0, every: int = 1) -> Iterator[Batch]:
-        "The batches of an epoch from step `start` on, or every n-th of them; this process' part of each."
-        order = self.order(epoch)
-        for step in range(start, len(self), every):
-            at = order[step * self.batch_size : (step + 1) * self.batch_size]
-            A = torch.eye(3).expand(len(at), 3, 3)
-            if self.augment != Augment():
-                A = sample_affines(len(at), self.augment, self._generator("augment", epoch, step))
-            at, A = at[self.rank :: self.world], A[self.rank :: self.world]
-            if len(at):
-                yield self._batch(at, A)
 
-    def _batch(self, at: torch.Tensor, A: torch.Tensor) -> Batch:
-        "Gather, convert and warp."
-        x, on = self._frames(self.slots[at], A), self.device
-        x, masks = (x[:, :1].contiguous(), x[:, 1:]) if self.structures else (x, None)
-        return Batch(x, self.y[at.to(on)], self.rows[at].to(on), A.to(on), masks)
+@patch
+def _generator(self: Loader, *keys) -> torch.Generator:
+    return torch.Generator().manual_seed(derive(self.seed, *keys))
 
-    def _frames(self, slots: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-        "Image and masks through A, (B, 1 + M, size, size)."
-        cut = whole_pixels(A, self.side, self.size)
-        top, left, side = (*cut, self.size) if cut else (0, 0, self.side)
-        part = slice(None), slice(top, top + side), slice(left, left + side)
-        x = self.pool.empty((len(slots), 1 + len(self.structures), side, side), torch.float32, self.device)
-        _to_grey(self._gather(self.images, slots)[part], x[:, 0])
-        if self.structures:
-            bits = self._gather(self.planes, slots)[part]
-            x[:, 1:] = (bits[:, None] >> self.bits.to(bits.dtype)[:, None, None]) & 1
-        return x if cut else warp(x, A, self.size)
 
-    def _gather(self, array: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        "The given squares, on the device."
-        if array.device.type != "cpu":
-            return array.index_select(0, slots.to(self.device))
-        shape, pinned = (len(slots), *array.shape[1:]), self.device.type == "cuda"
-        out = self.pool.empty(shape, array.dtype, array.device)
-        if self.device.type != "cpu":  # torch recycles pinned memory when its copy is done
-            out = torch.empty(shape, dtype=array.dtype, pin_memory=pinned)
-        np.take(array.numpy(), slots.numpy(), axis=0, out=out.numpy(), mode="clip")
-        return out.to(self.device, non_blocking=pinned)
+@patch
+def epoch(self: Loader, epoch: int, start: int = 0, every: int = 1) -> Iterator[Batch]:
+    "The batches of an epoch from step `start` on, or every n-th of them; this process' part of each."
+    order = self.order(epoch)
+    for step in range(start, len(self), every):
+        at = order[step * self.batch_size : (step + 1) * self.batch_size]
+        A = torch.eye(3).expand(len(at), 3, 3)
+        if self.augment != Augment():
+            A = sample_affines(len(at), self.augment, self._generator("augment", epoch, step))
+        at, A = at[self.rank :: self.world], A[self.rank :: self.world]
+        if len(at):
+            yield self._batch(at, A)
+
+# %% ../nbs/04b_loader.ipynb #097c3bd5
+@patch
+def _batch(self: Loader, at: torch.Tensor, A: torch.Tensor) -> Batch:
+    "Gather, convert and warp."
+    x, on = self._frames(self.slots[at], A), self.device
+    x, masks = (x[:, :1].contiguous(), x[:, 1:]) if self.structures else (x, None)
+    return Batch(x, self.y[at.to(on)], self.rows[at].to(on), A.to(on), masks)
+
+
+@patch
+def _frames(self: Loader, slots: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    "Image and masks through A, (B, 1 + M, size, size)."
+    cut = whole_pixels(A, self.side, self.size)
+    top, left, side = (*cut, self.size) if cut else (0, 0, self.side)
+    part = slice(None), slice(top, top + side), slice(left, left + side)
+    x = self.pool.empty((len(slots), 1 + len(self.structures), side, side), torch.float32, self.device)
+    _to_grey(self._gather(self.images, slots)[part], x[:, 0])
+    if self.structures:
+        bits = self._gather(self.planes, slots)[part]
+        x[:, 1:] = (bits[:, None] >> self.bits.to(bits.dtype)[:, None, None]) & 1
+    return x if cut else warp(x, A, self.size)
+
+
+@patch
+def _gather(self: Loader, array: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    "The given squares, on the device."
+    if array.device.type != "cpu":
+        return array.index_select(0, slots.to(self.device))
+    shape, pinned = (len(slots), *array.shape[1:]), self.device.type == "cuda"
+    out = self.pool.empty(shape, array.dtype, array.device)
+    if self.device.type != "cpu":  # torch recycles pinned memory when its copy is done
+        out = torch.empty(shape, dtype=array.dtype, pin_memory=pinned)
+    np.take(array.numpy(), slots.numpy(), axis=0, out=out.numpy(), mode="clip")
+    return out.to(self.device, non_blocking=pinned)
