@@ -72,7 +72,8 @@ def predict(
     finally:
         for module, training in modes:
             module.training = training
-    return Predictions(*(np.concatenate(part) for part in zip(*parts)))
+    # a batch without kept maps says nothing of their size
+    return Predictions(*(np.concatenate([p for p in part if len(p)] or part[:1]) for part in zip(*parts)))
 
 # %% ../nbs/07b_evaluation.ipynb #c4389e2d
 def _array(value: Any) -> np.ndarray:
@@ -88,8 +89,9 @@ def _predict_batch(method, batch, x: torch.Tensor, wanted: np.ndarray | None, ma
         out = method(x)
     rows = _array(batch.rows)
     keep = np.flatnonzero(np.isin(rows, wanted)) if wanted is not None else np.arange(len(rows))
-    maps = maps_from(method, x) if maps_from and len(keep) else out.maps
-    maps, logits = _array(maps[keep.tolist()]), _array(out.logits)
+    kept = keep.tolist()
+    maps = _array(maps_from(method, x[kept]) if maps_from and kept else out.maps[kept])
+    logits = _array(out.logits)
     bad = [*rows[~np.isfinite(logits).all(1)], *rows[keep[~np.isfinite(maps).all((1, 2, 3))]]]
     if bad:
         raise CxrError(f"row {bad[0]}: the method's output is not finite; did the training diverge?")
