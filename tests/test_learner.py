@@ -44,8 +44,8 @@ def figures(out):
 
 @pytest.mark.slow
 def test_killed_ten_times(drawn, tmp_path):
-    told = start(drawn, tmp_path / "killed", 6, 10, 1)
-    assert json.loads([line for line in told.splitlines() if line.startswith("{")][-1])["died"] >= 4
+    told = start(drawn, tmp_path / "killed", 12, 10, 1)
+    assert json.loads([line for line in told.splitlines() if line.startswith("{")][-1])["died"] >= 5
     whole, killed = (tmp_path / name for name in ("killed-whole", "killed"))
     assert figures(killed) == figures(whole)
     whole, killed = (read_weights(run / "weights.safetensors")[0] for run in (whole, killed))

@@ -78,7 +78,7 @@ def killed(args, kills, seed):
     whole, rng, died = time.monotonic() - start, random.Random(seed), 0
     while died < kills and not (Path(out) / "history.json").exists():
         child = fork(args)
-        time.sleep(rng.uniform(0.1, 0.4) * whole)
+        time.sleep(rng.uniform(0.05, 0.3) * whole)
         os.kill(child, signal.SIGKILL)
         died += os.WIFSIGNALED(os.waitpid(child, 0)[1])
     print(json.dumps(dict(died=died)))
