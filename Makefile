@@ -35,7 +35,7 @@ book: install $(EXECUTED)  ## run every notebook on the drawn data set, then ren
 	@CXR_BOOK_PUBLISHED=$(BOOK)/published $(MAKE) --no-print-directory site
 	@echo; echo "The executed notebooks: $(BOOK)/*/notebook.ipynb"
 	@echo "The results of a chapter: $(BOOK)/10_baselines (metrics.json, figures/, a run folder for each model)"
-	@[ ! -f _book/index.html ] || echo "The site: _book/index.html"
+	@! command -v quarto >/dev/null || echo "The site: _book/index.html"
 
 # A run that was killed goes on; a finished run whose code has changed since starts again.
 $(BOOK)/%/notebook.ipynb: nbs/%.ipynb $(CODE) | $(READY)
