@@ -96,7 +96,7 @@ def score_controls(
     **how,  # of `evaluate`: n_boot, seed, t_iobb
 ) -> dict[str, dict[str, Any]]:
     "Results of `random`, `centre` and `mean box`, each as of `evaluate`; the mean box has the one mode `given`."
-    rule, how = rule.but(how="minmax"), {"thresholds": ("fixed", "oracle")} | how
+    rule, how = rule.but(how="minmax"), {"thresholds": ("fixed", "oracle"), "classify": False} | how
     pairs = pairs_of(radiographs, predictions.map_rows)
     boxes, source = mean_boxes(radiographs, pairs, rows)
     drawn = mean_box_maps(predictions, pairs, boxes)

@@ -375,14 +375,17 @@ def evaluate(
     seed: int = 0,
     t_iobb: float = 0.1,  # of Lacc and FP
     boxes: np.ndarray | None = None,  # (n, 4) boxes for `pairs_of` the map rows in place of the rule's: mode "given"
+    classify: bool = True,  # report AUROC; a control has no logits of its own
 ) -> dict[str, Any]:
     "AUROC and all localization scores with 95 % intervals over patients; JSON-able."
     _refuse_leak(predictions, validation, radiographs)
     patients = radiographs.table["patient"].to_numpy()
     y, pairs = radiographs.labels[predictions.rows], pairs_of(radiographs, predictions.map_rows)
-    result = {
-        "auroc": auroc_table(y, predictions.logits, patients[predictions.rows], n_boot, seed),
-        "absent": [f for f, n in zip(FINDINGS, y.sum(0)) if n in (0, len(y))],
+    result = {}
+    if classify:
+        result["auroc"] = auroc_table(y, predictions.logits, patients[predictions.rows], n_boot, seed)
+        result["absent"] = [f for f, n in zip(FINDINGS, y.sum(0)) if n in (0, len(y))]
+    result |= {
         "n_images": len(predictions.rows), "n_patients": len(np.unique(patients[predictions.rows])),
         "n_pairs": len(pairs.at), "n_box_patients": len(np.unique(pairs.patient)),
         "rule": rule.model_dump(mode="json"), "t_iobb": t_iobb, "n_boot": n_boot, "seed": seed, "modes": {},
@@ -414,7 +417,7 @@ def to_frame(
     method: str = "ours",
 ) -> pd.DataFrame:
     "The result in long form: method, mode, metric, finding, value, low, high, n. AUROC has the mode \"\"."
-    tables = [("", "AUROC", result["auroc"])]
+    tables = [("", "AUROC", result["auroc"])] if "auroc" in result else []
     tables += [(mode, metric, table) for mode, m in result["modes"].items() for metric, table in m["metrics"].items()]
     lines = [(method, mode, metric, f, *cell.values()) for mode, metric, table in tables for f, cell in table.items()]
     return pd.DataFrame(lines, columns=["method", "mode", "metric", "finding", "value", "low", "high", "n"])

@@ -200,9 +200,10 @@ def _fit_epoch(self: Learner, stage: Stage, module, opt, ema) -> None:
     for batch in self._bar(batches, f"{stage.name} {now['epoch'] + 1}/{stage.epochs}", n - first):
         seed_everything(derive(self.seed, stage.name, now["epoch"], now["step"], self.fabric.global_rank))
         self._step(stage, module, opt, ema, batch, n)
-        if time.monotonic() - saved > 60 * self.save_minutes and now["step"] % stage.accumulate == 0:
+        due = time.monotonic() - saved > 60 * self.save_minutes and now["step"] % stage.accumulate == 0
+        if due and math.isfinite(now["sums"]["loss"]):  # a diverged state is not worth going on from
             saved = time.monotonic()
-            self._save(opt, ema)
+            self._save(opt, ema, wait=False)  # each process has its own clock: none may wait for the others here
     seconds = time.monotonic() - start
     line = dict(stage=stage.name, epoch=now["epoch"] + 1, lr=stage.lr * lr_factor(stage, now["epoch"] / stage.epochs))
     line |= {f"train_{k}": self._mean(v, n) for k, v in now["sums"].items()}
@@ -284,7 +285,7 @@ def validate(self: Learner, kept: nn.Module, stage: Stage) -> dict[str, float]:
 
 # %% ../nbs/06_learner.ipynb #82cc32dd
 @patch
-def _save(self: Learner, opt=None, ema=None) -> None:
+def _save(self: Learner, opt=None, ema=None, wait: bool = True) -> None:
     "Replace the state on disk in one step."
     if self.fabric.is_global_zero:
         extra = {"optimizer": opt.state_dict()} if opt else {}
@@ -293,7 +294,8 @@ def _save(self: Learner, opt=None, ema=None) -> None:
         torch.save(dict(self.now, **extra, model=self.method.state_dict(), history=self.history), buffer)
         with atomic(self.state_file) as part:
             part.write_bytes(buffer.getbuffer())
-    self.fabric.barrier()
+    if wait:
+        self.fabric.barrier()
 
 
 @patch

@@ -148,6 +148,4 @@ def score_all(
     study.run.finish(results, study.fabric.device)
     frames = [to_frame(result, name) for name, result in results.items()]
     controls = pd.Series([f"control: {m}" for m in ("random", "centre", "mean box")], ["random", "centre", "mean box"])
-    frame = pd.concat(frames, ignore_index=True)
-    frame = frame[~(frame["method"].isin(controls.index) & (frame["metric"] == "AUROC"))]  # a control has no logits of its own
-    return frame.replace({"method": controls.to_dict()}).reset_index(drop=True)
+    return pd.concat(frames, ignore_index=True).replace({"method": controls.to_dict()})

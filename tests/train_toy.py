@@ -56,7 +56,7 @@ def train(data, cache, out, epochs):
         Stage(name="all", epochs=epochs, lr=1e-3, schedule="cosine", accumulate=2, ema=0.9, clip=1.0, monitor="auroc"),
     ]
     learner = Learner(
-        Toy(), *loaders, Run(out, Settings()), stages, mean_auroc, make_fabric("cpu", "32-true"), 3, save_minutes=0.002
+        Toy(), *loaders, Run(out, Settings()), stages, mean_auroc, make_fabric("cpu", "32-true"), 3, save_minutes=0
     )
     learner.fit()
 
