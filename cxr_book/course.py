@@ -31,6 +31,8 @@ class PhantomSettings(Settings):
     seed: int = Field(0, ge=0, description="decides everything else")
     prevalence: Literal["balanced", "real"] = Field("balanced", description="how frequent each finding is")
     contrast: float = Field(1.0, ge=0, le=3, description="factor on every finding's change of absorption")
+    mildest: Share = Field(0.0, description="severity of the mildest findings; the gravest have 1")
+    variety: Share = Field(1.0, description="how much patients, postures and films differ; 0: all are the median")
     test_share: float = Field(0.25, ge=0, lt=1, description="share of the patients on the test list")
     false_positives: Rates = Field(0.0, description="share of the images without a finding that are labelled with it")
     false_negatives: Rates = Field(0.0, description="share of the images with a finding that are not labelled with it")
@@ -39,8 +41,8 @@ class PhantomSettings(Settings):
     shortcut_view: Share = Field(0.0, description="how surely the AP view tells a grave finding")
     marker_finding: str = Field("Infiltration", description="the finding that the marker on a plate goes with")
     presets: ClassVar[dict] = {
-        "smoke": dict(n_images=60, size=96),
-        "quick": dict(n_images=2000, size=256),
+        "smoke": dict(n_images=60, size=96, contrast=2.0, mildest=0.5, variety=0.2),
+        "quick": dict(n_images=2000, size=256, contrast=2.0, mildest=0.5, variety=0.2),
         "paper": dict(n_images=20_000, size=512),
     }
 
@@ -187,7 +189,7 @@ def course(
         visits.append(
             Visit(
                 patient, k, age + int(years[k]), sex, "AP" if ap else "PA", findings,
-                tuple(s for s in severity[k].tolist() if s > 0), tuple(episodes[k].tolist()),
+                tuple(settings.mildest + (1 - settings.mildest) * s for s in severity[k].tolist() if s > 0), tuple(episodes[k].tolist()),
                 findings if test else _mined(settings, marks, findings),
                 tube, marker, bool(test),
             )  # fmt: skip

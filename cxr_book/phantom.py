@@ -258,6 +258,8 @@ def app() -> None:
         seed: int = typer.Option(None, help="decides everything else"),
         prevalence: str = typer.Option(None, help="balanced, or real as in ChestX-ray14"),
         contrast: float = typer.Option(None, help="factor on the findings' absorption, 0 to 3"),
+        mildest: float = typer.Option(None, help="severity of the mildest findings, 0 to 1"),
+        variety: float = typer.Option(None, help="how much patients and films differ, 0 to 1"),
         test_share: float = typer.Option(None, help="share of the patients on the test list"),
         false_positives: str = typer.Option(None, help='wrong labels: 0.05, or \'{"Nodule": 0.05}\''),
         false_negatives: str = typer.Option(None, help="missed labels: a rate, or rates as JSON"),
