@@ -41,8 +41,8 @@ class PhantomSettings(Settings):
     shortcut_view: Share = Field(0.0, description="how surely the AP view tells a grave finding")
     marker_finding: str = Field("Infiltration", description="the finding that the marker on a plate goes with")
     presets: ClassVar[dict] = {
-        "smoke": dict(n_images=60, size=96, contrast=2.0, mildest=0.5, variety=0.2),
-        "quick": dict(n_images=2000, size=256, contrast=2.0, mildest=0.5, variety=0.2),
+        "smoke": dict(n_images=60, size=96, contrast=3.0, mildest=0.6, variety=0.1),
+        "quick": dict(n_images=2000, size=256, contrast=3.0, mildest=0.6, variety=0.1),
         "paper": dict(n_images=20_000, size=512),
     }
 

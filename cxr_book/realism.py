@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['QUANTILES', 'STEPS', 'grey_histogram', 'rings', 'radial_spectrum', 'spread', 'describe_images', 'describe_masks',
            'describe_boxes', 'pair_counts', 'lift', 'reported_file', 'measure', 'mixture', 'run_cue', 'Shortcut',
-           'reader_under', 'heat_over', 'score_maps', 'shortcut_study', 'Counterfactual', 'counterfactual',
-           'score_difference', 'draw_pairs', 'transfer', 'app']
+           'draw_cases', 'reader_under', 'heat_over', 'widened', 'score_maps', 'shortcut_study', 'Counterfactual',
+           'counterfactual', 'score_difference', 'draw_pairs', 'transfer', 'app']
 
 # %% ../nbs/09b_realism.ipynb #4b735fd6
 import csv
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -25,8 +26,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 # %% ../nbs/09b_realism.ipynb #14695e49
+from .controls import grad_cam
 from cxr_book.core import (
-    BOXED, FINDINGS, CxrError, atomic, derive, did_you_mean, digest, home, progress, read_json, stamp, write_json,
+    BOXED, FINDINGS, NO_FINDING, CxrError, atomic, derive, did_you_mean, digest, home, n_cpus, progress, read_json, stamp,
+    write_json,
 )  # fmt: skip
 from .data import NO_BOXES, Radiographs, read
 from .evaluation import predict
@@ -34,10 +37,10 @@ from .images import build_cache
 from .learner import Stage
 from .loader import Augment, Loader
 from .localization import energy, region_overlaps, to_heat
-from .phantom import VERSION, Drawing, PhantomSettings, draw_dataset, draw_image, enclosing_box, plan
+from .phantom import VERSION, Drawing, PhantomSettings, Visit, draw_image, enclosing_box, plan
 from .segmentation import cardiothoracic_ratio
 from .splits import Split
-from .study import StudySettings, fit, open_study
+from .study import Study, StudySettings, fit, open_study
 from cxr_book.transfer import (
     LUNGS, SEE, Bench, Reader, TransferSettings, auroc_cell, images_of, logits_of, run_classification, run_pretraining,
     run_segmentation,
@@ -196,64 +199,90 @@ class Shortcut(NamedTuple):
     mark: str = "chest_tube"  # of Drawing.marks; "" for one that has no place in the image, as the view
 
 
+def _visits(settings: PhantomSettings, finding: str) -> list[Visit]:
+    "Of the first visits, as many as `n_images`, half with the finding and half without."
+    pool = plan(settings.but(n_images=25 * settings.n_images))
+    halves = [[v for v in pool if (finding in v.findings) == ill][: settings.n_images // 2] for ill in (True, False)]
+    return halves[0] + halves[1]
+
+
+def draw_cases(settings: PhantomSettings, finding: str) -> Path:
+    "A plain folder of images of which half have the finding, which is their only label; drawn once."
+    folder = home() / "data" / f"cases-{finding}-{digest([VERSION, settings.digest, finding])}"
+    if (folder / "images.csv").exists():
+        return folder
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+
+    def draw(v: Visit) -> list:
+        png = cv2.imencode(".png", draw_image(settings, v.patient, v.follow_up).image)[1]
+        (folder / "images" / v.name).write_bytes(png.tobytes())
+        return [v.name, v.patient, v.view, finding if finding in v.findings else NO_FINDING]
+
+    visits = _visits(settings, finding)
+    with ThreadPoolExecutor(n_cpus()) as pool:
+        lines = list(progress(pool.map(draw, visits), f"drawing {finding} and none", len(visits)))
+    with atomic(folder / "images.csv") as part, open(part, "w", newline="") as f:
+        csv.writer(f).writerows([["image", "patient", "view", "labels"], *lines])
+    return folder
+
+# %% ../nbs/09b_realism.ipynb #a5c26b60
 def reader_under(
     shortcut: Shortcut,
     strength: float,  # 0 to 1
     base: PhantomSettings,  # all else about the drawings
     epochs: int,
-) -> tuple[Any, Reader]:
-    "A study of a drawn set under the shortcut, and a small classifier trained on it."
-    root = draw_dataset(base.but(**{shortcut.field: strength}))
+) -> tuple[Study, Reader]:
+    "A study of cases drawn under the shortcut, and a small classifier trained on them."
+    root = draw_cases(base.but(**{shortcut.field: strength}), shortcut.finding)
     stage = Stage(epochs=epochs, lr=4e-3, schedule="onecycle", clip=1.0, monitor="auroc")
-    how = StudySettings(preset="quick", data_root=str(root), image_size=base.size, augment=Augment(flip=0.5, shift=0.05))
-    folder = home() / "runs" / f"shortcut-{digest([VERSION, how.model_dump(mode='json'), epochs])}"
-    study = open_study(how, "realism", folder)
+    augment = Augment(flip=0.5, shift=0.05, rotate=5.0)
+    how = StudySettings(preset="quick", data_root=str(root), image_size=base.size, augment=augment)
+    study = open_study(how, "realism", home() / "runs" / f"shortcut-{digest([root.name, stage.digest])}")
     return study, fit(study, "reader", lambda: Reader(stage))[0]
 
 
 def heat_over(reader: Reader, images: np.ndarray, finding: str) -> np.ndarray:  # (n, S, S) uint8
-    "The reader's heat for a finding over each image, (n, S, S) in 0..1."
+    "Grad-CAM of a finding over each image, from the last but one block, (n, S, S) in 0..1."
     x = torch.from_numpy(images[:, None] / np.float32(255)).to(next(reader.parameters()).device)
-    with torch.no_grad():
-        maps = reader.eval()(x).maps[:, FINDINGS.index(finding)].float().cpu()
-    size = images.shape[1:]
-    return np.array([cv2.resize(h, size, interpolation=cv2.INTER_LINEAR) for h in to_heat(maps, "minmax").numpy()])
-
-# %% ../nbs/09b_realism.ipynb #a5c26b60
-def _grow(mask: np.ndarray, share: float = 1 / 16) -> np.ndarray:
-    "A mask widened by a share of the image, about half a cell of the map: a tube is thinner than any cell."
-    side = 2 * max(1, round(share * len(mask) / 2)) + 1
-    return cv2.dilate(mask.astype(np.uint8), np.ones((side, side), np.uint8)) > 0
+    maps = grad_cam(reader, x, "finer")[:, FINDINGS.index(finding)].float().cpu().numpy()
+    return np.array([cv2.resize(h, images.shape[:0:-1], interpolation=cv2.INTER_LINEAR) for h in to_heat(maps)])
 
 
+def widened(mask: np.ndarray, share: float = 1 / 12) -> np.ndarray:
+    "A mask and what is near it: within a share of the image (3 cm of 36), about a cell of the map on each side."
+    side = 2 * round(share * len(mask)) + 1
+    return cv2.dilate(mask.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))) > 0
+
+# %% ../nbs/09b_realism.ipynb #4f677e94
 def score_maps(reader: Reader, cases: list[Drawing], shortcut: Shortcut) -> pd.DataFrame:
-    "For each case the share of the heat on the mark and on the finding, whether the peak is there, and their areas."
-    heat, rows = heat_over(reader, np.stack([d.image for d in cases]), shortcut.finding), []
-    for h, d in zip(heat, cases):
-        row = {}
-        for name, mask in (("mark", _grow(d.marks[shortcut.mark])), ("finding", _grow(d.masks[shortcut.finding]))):
-            row |= {f"{name}: heat": float(energy(h[None], mask[None].astype(np.float64))[0]),
-                    f"{name}: peak": float(mask.flat[h.argmax()]), f"{name}: area": float(mask.mean())}  # fmt: skip
-        rows.append(row)
-    return pd.DataFrame(rows)
+    "For each case the share of the heat near the mark and near the finding, whether the peak is there, and the areas."
+    heat, columns = heat_over(reader, np.stack([d.image for d in cases]), shortcut.finding), {}
+    hottest = heat.reshape(len(heat), -1).argmax(1)
+    for name in ("mark", "finding"):
+        masks = [d.marks[shortcut.mark] if name == "mark" else d.masks[shortcut.finding] for d in cases]
+        near = np.array([widened(m) for m in masks])
+        columns[f"{name}: heat"] = energy(heat, near.astype(np.float32))
+        columns[f"{name}: peak"] = near.reshape(len(near), -1)[np.arange(len(near)), hottest].astype(float)
+        columns[f"{name}: area"] = near.mean((1, 2))
+    return pd.DataFrame(columns)
 
 
 def shortcut_study(
     shortcut: Shortcut,
-    base: PhantomSettings,
+    base: PhantomSettings,  # n_images of each of the two sets
     epochs: int,
     most: int = 60,  # cases for the maps
 ) -> dict[str, Any]:
     "Readers trained with and without the shortcut: AUROC where it holds and where it is broken, and where they look."
     k, known = FINDINGS.index(shortcut.finding), {s: reader_under(shortcut, s, base, epochs) for s in (1.0, 0.0)}
-    area = {}
+    area, tests = {}, [study.split.test for study, _ in known.values()]
+    assert np.array_equal(*tests)  # the same patients, so that neither reader knows those of the other's test part
     for trained, (_, reader) in known.items():
         for tested, (study, _) in known.items():
-            rows = study.split.test
-            y, who = study.radiographs.labels[rows, k], study.radiographs.table["patient"].to_numpy()[rows]
-            area[trained, tested] = auroc_cell(y, logits_of(study, reader, rows)[:, k], who, 500)
-    settings = base.but(**{shortcut.field: 1.0})
-    visits = [v for v in plan(settings) if v.test and shortcut.finding in v.findings][:most]
+            y, who = study.radiographs.labels[tests[0], k], study.radiographs.table["patient"].to_numpy()[tests[0]]
+            area[trained, tested] = auroc_cell(y, logits_of(study, reader, tests[0])[:, k], who, 500)
+    settings, names = base.but(**{shortcut.field: 1.0}), set(known[1.0][0].radiographs.table["image"][tests[0]])
+    visits = [v for v in _visits(settings, shortcut.finding) if v.name in names and shortcut.finding in v.findings][:most]
     cases = [draw_image(settings, v.patient, v.follow_up) for v in visits]
     readers = {s: reader for s, (_, reader) in known.items()}
     maps = {s: score_maps(r, cases, shortcut) for s, r in readers.items()} if shortcut.mark else {}

@@ -95,8 +95,8 @@ class Reader(nn.Module):
         x = SEE[self.see](x)
         if self.standardise:
             x = 0.45 + 0.22 * (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True).clamp(min=1e-3)
-        features = self.body(x)[-1]
-        return self.classifier(features)._replace(extras=dict(features=features))
+        *_, finer, last = self.body(x)
+        return self.classifier(last)._replace(extras=dict(features=last, finer=finer))
 
     def loss(self, batch: Batch, stage: str) -> dict[str, Tensor]:
         x = randomise(batch.x, self.looks) if self.looks and self.training else batch.x
