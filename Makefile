@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PRESET ?= quick
 BOOK := runs/book-$(PRESET)
-CODE := $(wildcard cxr_book/*.py) $(wildcard cxr_book/reported/*.csv)
+CODE := $(wildcard cxr_book/*.py) $(wildcard cxr_book/reported/*)
 NOTEBOOKS := $(sort $(notdir $(basename $(wildcard nbs/*.ipynb))))
 CHAPTERS := $(filter 10_% 11_% 12_% 13_% 14_%,$(NOTEBOOKS))
 EXECUTED := $(NOTEBOOKS:%=$(BOOK)/%/notebook.ipynb)

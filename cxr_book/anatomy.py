@@ -176,7 +176,8 @@ class Anatomy(Grid):
     @property
     def cardiomediastinum(self) -> np.ndarray:
         "Silhouette of heart and great vessels from the aortic arch downwards (size, size) bool."
-        return (self.mediastinum > 0.5) & (self.v > self.body.carina - 0.04 - 0.35 * np.clip(0.05 - self.x, 0, 1))
+        below = self.v - self.body.carina + 0.035  # the arch
+        return (self.mediastinum > 0.5) & (self.x < 0.02 + 1.2 * np.clip(below, 0, 1)) & (below > 0)
 
     def heart_depth(self, grown: float = 1.0):
         "Thickness of the heart, 0..1; `grown` enlarges it."
@@ -212,7 +213,7 @@ def build(p, k, ap: bool, female: bool) -> Body:
     return Body(
         width=width, apex=float(apex), base=float(base), domes=(float(dome), float(dome + left)),
         waist=float(np.clip(p.normal(0.072, 0.009) * (1.12 if ap else 1.0), 0.045, 0.095)),
-        heart=(2 * width * ratio * right, 2 * width * ratio * (1 - right), float(dome - 0.30 * tall + 0.5 * breath), float(dome + left + p.uniform(0.07, 0.105))),
+        heart=(2 * width * ratio * right, 2 * width * ratio * (1 - right), float(dome - 0.30 * tall + 0.5 * breath), float(dome + left + p.uniform(0.05, 0.085))),
         knob=float(p.uniform(0.004, 0.034)), shape=(float(p.uniform(1.75, 3.0)), float(p.normal(0, 0.13)), float(p.uniform(0.40, 0.58))),
         thick=float(np.clip(p.normal(21, 2), 16, 27)), fat=float(np.clip(p.gamma(3.0, 0.7), 0.6, 6)), ap=ap, female=female,
     )  # fmt: skip

@@ -228,8 +228,9 @@ def kerley(a: Anatomy, rng, side: int, severity: float) -> np.ndarray:
 
 
 def edema(a: Anatomy, rng, side: int, severity: float):
-    low, wide, parts = rng.uniform(-0.03, 0.16), rng.uniform(0.6, 1.3), []
-    tilt, lag = rng.uniform(0, 0.9), rng.uniform(0.4, 1.0)  # the other side lags behind
+    low, wide, parts = rng.uniform(-0.06, 0.19), rng.uniform(0.5, 1.3), []
+    tilt, lag = rng.uniform(0, 0.9), rng.uniform(0.2, 1.0)  # the other side lags behind
+    lines = float(rng.random() < 0.5)  # fluid in the septa, seen at the wall
     for s in (side, -side):
         w, much, (hu, hv) = hemithorax(a, s), severity * (1 if s == side else lag), a.body.hilum(s)
         at = s * (abs(hu) + 0.04 * wide), hv + low
@@ -237,9 +238,9 @@ def edema(a: Anatomy, rng, side: int, severity: float):
         wings = blob(w, rng, at, ru, rv, s * (0.2 - tilt * 0.5), 0.3, 1.2)
         grain = np.clip(1 + 0.2 * noise(w, rng, 22), 0.4, 1.7)
         upper = soft(hv + 0.02 - w.v, 0.15) * soft(1.5 - w.ellipse((at[0], hv - 0.06), 0.13, 0.15), 0.6)
-        fog = fill(w, (0.14 + 0.34 * much) * wings * grain) + 0.5 * much * w.vessels * upper
+        fog = fill(w, (0.08 + 0.40 * much) * wings * grain) + 0.5 * much * w.vessels * upper
         rim = soft(w.x - w.lateral + 0.05, 0.05) * soft(w.v - hv - 0.14, 0.1)  # a veil of lines
-        parts.append((w, fog + (0.02 + 0.2 * much) * (kerley(w, rng, s, much)[w.where] + 0.35 * rim) * w.lung[s]))
+        parts.append((w, fog + (0.02 + 0.2 * much) * lines * (kerley(w, rng, s, much)[w.where] + 0.35 * rim) * w.lung[s]))
     return place(a, *parts)
 
 # %% ../nbs/01e_findings.ipynb #406b0b77

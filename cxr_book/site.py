@@ -67,7 +67,7 @@ def imports(
             found |= {a.name.split(".")[1] for a in n.names if a.name.startswith("cxr_book.")}
         elif isinstance(n, ast.Constant) and isinstance(n.value, str):
             found |= set(re.findall(r"\bcxr_book\.(\w+)", n.value))
-        elif isinstance(n, ast.Name) and n.id == "reported":
+        elif isinstance(n, ast.Name) and n.id in ("reported", "reported_file"):
             found.add("reported")
     return found
 
@@ -111,9 +111,9 @@ def _code(notebook: dict) -> list[dict]:
 
 
 def _source(package: Path, name: str) -> str | None:
-    "Text of a module, or of all reported tables."
+    "Text of a module, or of all reported tables and measurements."
     if name == "reported":
-        return "\n".join(f"{f.name}\n{f.read_text()}" for f in sorted((package / name).glob("*.csv")))
+        return "\n".join(f"{f.name}\n{f.read_text()}" for f in sorted((package / name).iterdir()) if f.suffix in (".csv", ".json"))
     return (package / f"{name}.py").read_text() if (package / f"{name}.py").is_file() else None
 
 # %% ../nbs/30_site.ipynb #521cbee2
