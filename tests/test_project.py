@@ -227,6 +227,8 @@ def test_a_documented_command_exists(words):
         assert done.returncode == 0 and "Usage" in done.stdout, done.stderr
         if len(words) > 3 and re.fullmatch(r"[a-z]+", words[3]):
             assert words[3] in done.stdout
+    elif words[1].endswith(".py"):
+        assert 'if __name__ == "__main__":' in (ROOT / words[1]).read_text()
     else:
         assert words[1:3] in (["-m", "venv"], ["-m", "pip"], ["-m", "pytest"]), f"no test knows {words}"
 
