@@ -139,7 +139,9 @@ class Grid:
             if width is None:
                 cv2.fillPoly(canvas, [at], int(255 * value + 0.5), cv2.LINE_AA, 4)
             else:
-                cv2.polylines(canvas, [at], False, int(255 * value + 0.5), max(1, int(width * n + 0.5)), cv2.LINE_AA, 4)
+                cv2.polylines(
+                    canvas, [at], False, int(255 * value + 0.5), max(1, int(width * n + 0.5)), cv2.LINE_AA, 4
+                )
         small = cv2.resize(canvas, (self.size, self.size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
         return cv2.GaussianBlur(small, (0, 0), blur * self.size) if blur * self.size > 0.3 else small
 
@@ -170,7 +172,12 @@ class Anatomy(Grid):
             below = np.clip(v - self.dome[s], 0, 0.3) / max(body.base - body.domes[s > 0], 0.05)
             recess = recess + here * np.clip(0.16 - 0.16 * below, 0, 1)  # lung behind the domes
         self.both = self.cavity[-1] + self.cavity[1]
-        lung_cm = (0.84 * body.thick - 0.8) * self.depth * np.maximum(self.both, recess) * (0.35 + 0.65 * soft(v - body.apex - 0.08, 0.24))
+        lung_cm = (
+            (0.84 * body.thick - 0.8)
+            * self.depth
+            * np.maximum(self.both, recess)
+            * (0.35 + 0.65 * soft(v - body.apex - 0.08, 0.24))
+        )
         self.air = np.clip(lung_cm - np.maximum(14 * self.heart, 14 * self.great), 0, None)
 
     @property
@@ -210,13 +217,23 @@ def build(p, k, ap: bool, female: bool) -> Body:
     ratio = float(np.clip(p.normal(0.445, 0.035) + 0.035 * ap - 0.8 * breath, 0.34, 0.56))
     right, left = p.uniform(0.29, 0.39), p.normal(0.018, 0.012)
     base = dome + float(np.clip(p.normal(0.135, 0.025), 0.07, 0.2))
+    waist = p.normal(0.072, 0.009) * (1.12 if ap else 1.0)
+    top, bottom = dome - 0.30 * tall + 0.5 * breath, dome + left + p.uniform(0.05, 0.085)
+    knob, shape = p.uniform(0.004, 0.034), (p.uniform(1.75, 3.0), p.normal(0, 0.13), p.uniform(0.40, 0.58))
     return Body(
-        width=width, apex=float(apex), base=float(base), domes=(float(dome), float(dome + left)),
-        waist=float(np.clip(p.normal(0.072, 0.009) * (1.12 if ap else 1.0), 0.045, 0.095)),
-        heart=(2 * width * ratio * right, 2 * width * ratio * (1 - right), float(dome - 0.30 * tall + 0.5 * breath), float(dome + left + p.uniform(0.05, 0.085))),
-        knob=float(p.uniform(0.004, 0.034)), shape=(float(p.uniform(1.75, 3.0)), float(p.normal(0, 0.13)), float(p.uniform(0.40, 0.58))),
-        thick=float(np.clip(p.normal(21, 2), 16, 27)), fat=float(np.clip(p.gamma(3.0, 0.7), 0.6, 6)), ap=ap, female=female,
-    )  # fmt: skip
+        width=width,
+        apex=float(apex),
+        base=float(base),
+        domes=(float(dome), float(dome + left)),
+        waist=float(np.clip(waist, 0.045, 0.095)),
+        heart=(2 * width * ratio * right, 2 * width * ratio * (1 - right), float(top), float(bottom)),
+        knob=float(knob),
+        shape=tuple(map(float, shape)),
+        thick=float(np.clip(p.normal(21, 2), 16, 27)),
+        fat=float(np.clip(p.gamma(3.0, 0.7), 0.6, 6)),
+        ap=ap,
+        female=female,
+    )
 
 
 def stand(
@@ -290,7 +307,9 @@ def spine(a: Anatomy, rng) -> np.ndarray:
     disc = np.abs(phase - np.round(phase)) * 2  # 1 in the middle of a disc
     bodies = soft(0.052 * calibre - a.x, 0.014) * (0.75 + 0.25 * soft(0.72 - disc, 0.2))
     levels = a.body.apex + step * (np.arange(-4, 14) - 0.35)
-    pedicles = [(np.array([[s * 0.026, v - 0.006], [s * 0.026, v + 0.006]]), 0.012, 0.8) for v in levels for s in (-1, 1)]
+    pedicles = [
+        (np.array([[s * 0.026, v - 0.006], [s * 0.026, v + 0.006]]), 0.012, 0.8) for v in levels for s in (-1, 1)
+    ]
     spines = [(np.array([[0, v + 0.012], [0, v + 0.03]]), 0.01, 1.0) for v in levels]
     return BONE * rng.uniform(0.7, 1.3) * (0.32 * bodies + 0.3 * a.paint(pedicles + spines, 0.002))
 
@@ -312,8 +331,15 @@ def shoulders(a: Anatomy, rng) -> np.ndarray:
         ridge = np.array([(s * (inner - 0.015), top + 0.055), (s * (joint[0] + 0.01), top - 0.045)])
         turn = np.linspace(0, 2 * np.pi, 40)
         ball = np.stack([s * (joint[0] + 0.042 * np.cos(turn)), joint[1] + 0.046 * np.sin(turn)], 1)
-        shaft = np.array([(s * (joint[0] + 0.012), joint[1] + 0.02), (s * (joint[0] + rng.uniform(0.03, 0.12)), joint[1] + 0.42)])
-        both += [(blade, None, 0.25), (np.concatenate([blade, blade[:1]]), 0.008, 0.45), (ridge, 0.014, 0.75), (ridge, 0.006, 0.45)]
+        shaft = np.array(
+            [(s * (joint[0] + 0.012), joint[1] + 0.02), (s * (joint[0] + rng.uniform(0.03, 0.12)), joint[1] + 0.42)]
+        )
+        both += [
+            (blade, None, 0.25),
+            (np.concatenate([blade, blade[:1]]), 0.008, 0.45),
+            (ridge, 0.014, 0.75),
+            (ridge, 0.006, 0.45),
+        ]
         both += [(ball, None, 0.75), (shaft, 0.052, 0.85), (shaft, 0.032, 0.55)]
         both += [(line, 0.028, 0.85), (line, 0.016, 0.55)]
     return BONE * rng.uniform(1.1, 1.7) * a.paint(both, 0.0016)
@@ -343,7 +369,10 @@ def vessels(a: Anatomy, rng) -> np.ndarray:
                 step = rng.uniform(0.011, 0.019, len(at))
                 lines.append(lines[-1] + step[:, None] * np.stack([side * np.cos(angle), np.sin(angle)], 1))
                 angle = angle + bend / 3
-            strokes += [(p, w, v) for p, w, v in zip(np.stack(lines, 1), width.tolist(), np.clip(width * 68, 0.08, 1).tolist())]
+            strokes += [
+                (p, w, v)
+                for p, w, v in zip(np.stack(lines, 1), width.tolist(), np.clip(width * 68, 0.08, 1).tolist())
+            ]
             fork = rng.uniform(0.12, 0.42, len(at))
             at, share = np.repeat(lines[-1], 2, 0), rng.uniform(0.55, 0.95, len(at))
             angle = np.stack([angle - fork * share, angle + fork * (1.2 - share)], 1).ravel()
@@ -352,7 +381,10 @@ def vessels(a: Anatomy, rng) -> np.ndarray:
             at, angle, width = at[keep], angle[keep], width[keep]
     strokes.sort(key=lambda s: s[1])  # thin ones first, thick ones over them
     if rng.random() < 0.5:  # the fissure between upper and middle lobe, where a ray runs along it
-        u, v = np.linspace(0.11, 0.30, 12), a.body.hilum(-1)[1] + rng.normal(0, 0.015) + 0.012 * np.sin(np.linspace(0, 3, 12))
+        u, v = (
+            np.linspace(0.11, 0.30, 12),
+            a.body.hilum(-1)[1] + rng.normal(0, 0.015) + 0.012 * np.sin(np.linspace(0, 3, 12)),
+        )
         strokes.append((np.stack([-u, v + rng.normal(0, 0.08) * (u - 0.2)], 1), 0.0022, 0.25))
     return 0.45 * a.paint(strokes, 0.0010)
 
@@ -363,7 +395,9 @@ def trunk(a: Anatomy, rng) -> np.ndarray:
     coat = body.fat * CM
     half = a.along(lambda v: body.width + 0.06 + coat + 0.12 * np.clip(0.42 - v, 0, 0.4) - 0.03 * soft(v - 0.72, 0.3))
     e = np.clip(x / half, 0, 1)
-    chest = (body.thick - 1.5 + 0.9 * body.fat) * np.sqrt(1 - e * e * e) * (1 + 0.10 * soft(v - body.domes[0] - 0.1, 0.3))
+    chest = (
+        (body.thick - 1.5 + 0.9 * body.fat) * np.sqrt(1 - e * e * e) * (1 + 0.10 * soft(v - body.domes[0] - 0.1, 0.3))
+    )
     slope = rng.uniform(0.30, 0.5)  # of the shoulders, from the neck outwards
     rim = body.apex - 0.115 + slope * np.clip(x - 0.13, 0, 1) - 3.0 * np.clip(0.13 - x, 0, 1) - 0.3 * coat
     above = np.clip((v - rim) * (1 / 0.11), 0, 1)
@@ -371,7 +405,11 @@ def trunk(a: Anatomy, rng) -> np.ndarray:
     neck = 12.5 * np.sqrt(np.clip(1 - (x * (1 / (0.155 + coat))) ** 2, 0, 1)) * soft(body.apex + 0.05 - v, 0.2)
     gap, lean = rng.uniform(0.02, 0.09), rng.uniform(0.0, 0.35)
     middle = body.width + 0.13 + coat + gap + lean * np.clip(v - 0.2, 0, 1)
-    arm = 10.0 * np.sqrt(np.clip(1 - ((x - middle) * (1 / (0.085 + 0.5 * coat))) ** 2, 0, 1)) * soft(v - rim - 0.03, 0.1)
+    arm = (
+        10.0
+        * np.sqrt(np.clip(1 - ((x - middle) * (1 / (0.085 + 0.5 * coat))) ** 2, 0, 1))
+        * soft(v - rim - 0.03, 0.1)
+    )
     return np.maximum(np.maximum(chest, neck), arm)
 
 
@@ -383,7 +421,9 @@ def breasts(a: Anatomy, rng) -> np.ndarray:
         centre = s * wide, high + rng.normal(0, 0.01)
         if a.body.female:
             d = a.ellipse(centre, 0.135 + 0.008 * much, 0.12 + 0.012 * much)
-            total = total + min(much + 0.6, 6) * np.sqrt(np.clip(1 - d * d, 0, 1)) * soft(a.v - centre[1] + 0.05, 0.22)
+            total = total + min(much + 0.6, 6) * np.sqrt(np.clip(1 - d * d, 0, 1)) * soft(
+                a.v - centre[1] + 0.05, 0.22
+            )
         else:
             total = total + 0.7 * soft(1 - a.ellipse((s * 0.23, high - 0.2), 0.17, 0.15, 0.5 * s), 0.9)
     return total
@@ -398,7 +438,11 @@ def gas(a: Anatomy, rng) -> np.ndarray:
         tree.append((np.array([(0.004, c - 0.012), (s * 0.045, c + low * 0.6), (s * 0.075, c + low)]), 0.03, 0.75))
     bubbles, below = 0.0, body.domes[1]
     for k in range(int(rng.integers(0, 5))):
-        at = (rng.uniform(0.10, 0.2), below + rng.uniform(0.045, 0.07)) if k == 0 else (rng.uniform(-0.1, 0.3), below + rng.uniform(0.14, 0.35))
+        at = (
+            (rng.uniform(0.10, 0.2), below + rng.uniform(0.045, 0.07))
+            if k == 0
+            else (rng.uniform(-0.1, 0.3), below + rng.uniform(0.14, 0.35))
+        )
         ru, rv = rng.uniform(0.025, 0.085), rng.uniform(0.018, 0.04)
         d = a.ellipse(at, ru, rv, rng.normal(0, 0.2))
         level = soft(at[1] + rv * rng.uniform(-0.1, 1.0) - a.v, 0.006) if not body.ap else 1.0

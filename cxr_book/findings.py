@@ -17,7 +17,22 @@ import numpy as np
 
 from .anatomy import BONE, CM, LUNG, SOLID, TISSUE, Anatomy, soft
 from .core import FINDINGS, CxrError, did_you_mean
-from .opacities import LOBES, around, ball, blob, bronchi, compact, curve, fill, hemithorax, lobe, mesh, noise, place, solid
+from cxr_book.opacities import (
+    LOBES,
+    around,
+    ball,
+    blob,
+    bronchi,
+    compact,
+    curve,
+    fill,
+    hemithorax,
+    lobe,
+    mesh,
+    noise,
+    place,
+    solid,
+)
 
 # %% ../nbs/01e_findings.ipynb #e8e53e1a
 def nodule(a: Anatomy, rng, side: int, severity: float):
@@ -240,7 +255,9 @@ def edema(a: Anatomy, rng, side: int, severity: float):
         upper = soft(hv + 0.02 - w.v, 0.15) * soft(1.5 - w.ellipse((at[0], hv - 0.06), 0.13, 0.15), 0.6)
         fog = fill(w, (0.08 + 0.40 * much) * wings * grain) + 0.5 * much * w.vessels * upper
         rim = soft(w.x - w.lateral + 0.05, 0.05) * soft(w.v - hv - 0.14, 0.1)  # a veil of lines
-        parts.append((w, fog + (0.02 + 0.2 * much) * lines * (kerley(w, rng, s, much)[w.where] + 0.35 * rim) * w.lung[s]))
+        parts.append(
+            (w, fog + (0.02 + 0.2 * much) * lines * (kerley(w, rng, s, much)[w.where] + 0.35 * rim) * w.lung[s])
+        )
     return place(a, *parts)
 
 # %% ../nbs/01e_findings.ipynb #406b0b77

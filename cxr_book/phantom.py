@@ -20,7 +20,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .core import FINDINGS, NO_FINDING, CxrError, atomic, digest, home, n_cpus, progress, read_json, write_json
+from cxr_book.core import (
+    FINDINGS,
+    NO_FINDING,
+    CxrError,
+    atomic,
+    digest,
+    home,
+    n_cpus,
+    progress,
+    read_json,
+    write_json,
+)
 from .course import PhantomSettings, Visit, course, plan
 from .drawing import STRUCTURES, Drawing, draw_image, enclosing_box
 
@@ -191,7 +202,16 @@ def _write_tables(settings: PhantomSettings, folder: Path, visits: list[Visit], 
         entries.append(",".join(map(str, about)))
         for f, severity in zip(v.findings, v.severities):
             fact, told = found[v.name][f], f in v.labels
-            about = (v.name, f, int(told), fact["side"], round(severity, 4), *fact["box"], fact["area"], fact["visible"])
+            about = (
+                v.name,
+                f,
+                int(told),
+                fact["side"],
+                round(severity, 4),
+                *fact["box"],
+                fact["area"],
+                fact["visible"],
+            )
             truth.append(",".join(map(str, about)))
             x0, y0, x1, y1 = (1024 * c for c in fact["box"])
             label = "Infiltrate" if f == "Infiltration" else f  # the spelling of the official box file
@@ -261,10 +281,12 @@ def app() -> None:
         mildest: float = typer.Option(None, help="severity of the mildest findings, 0 to 1"),
         variety: float = typer.Option(None, help="how much patients and films differ, 0 to 1"),
         test_share: float = typer.Option(None, help="share of the patients on the test list"),
-        false_positives: str = typer.Option(None, help='wrong labels: 0.05, or \'{"Nodule": 0.05}\''),
+        false_positives: str = typer.Option(None, help="wrong labels: 0.05, or '{\"Nodule\": 0.05}'"),
         false_negatives: str = typer.Option(None, help="missed labels: a rate, or rates as JSON"),
         shortcut_tube: float = typer.Option(None, help="0..1: how surely a chest tube tells a pneumothorax"),
-        shortcut_marker: float = typer.Option(None, help="0..1: how surely a marker on a plate tells the marker finding"),
+        shortcut_marker: float = typer.Option(
+            None, help="0..1: how surely a marker on a plate tells the marker finding"
+        ),
         shortcut_view: float = typer.Option(None, help="0..1: how surely the AP view tells a grave finding"),
         marker_finding: str = typer.Option(None, help="the finding that the marker on a plate goes with"),
         workers: int = typer.Option(None, help="processes; default: one a core"),
@@ -276,7 +298,9 @@ def app() -> None:
             settings = PhantomSettings.from_preset(preset, **given) if preset else PhantomSettings(**given)
             print(draw_dataset(settings, folder, workers))
         except json.JSONDecodeError as e:
-            raise SystemExit(f"error: {e.doc!r} is neither a number nor rates as JSON such as {{\"Nodule\": 0.05}}") from None
+            raise SystemExit(
+                f'error: {e.doc!r} is neither a number nor rates as JSON such as {{"Nodule": 0.05}}'
+            ) from None
         except CxrError as e:
             raise SystemExit(f"error: {e}") from None
 

@@ -101,7 +101,9 @@ def describe_masks(radiographs: Radiographs, middle: str, size: int = 256) -> di
     cache = build_cache(radiographs, size, masks=(*LUNGS, middle))
     left, right, heart = (cache.masks >> cache.masks.dtype.type(bit) & 1 > 0 for bit in range(3))
     ratios = [cardiothoracic_ratio(*masks) for masks in zip(left, right, heart)]
-    share = {name: m.mean((1, 2)) for name, m in (("left lung", left), ("right lung", right), ("cardiomediastinum", heart))}
+    share = {
+        name: m.mean((1, 2)) for name, m in (("left lung", left), ("right lung", right), ("cardiomediastinum", heart))
+    }
     share["lungs"] = (left | right).mean((1, 2))
     return {"cardiothoracic ratio": spread(ratios)} | {name: spread(v) for name, v in share.items()}
 
@@ -113,7 +115,9 @@ def describe_boxes(boxes: pd.DataFrame) -> dict[str, dict[str, Any]]:
         x0, y0, x1, y1 = boxes.loc[boxes["finding"] == FINDINGS.index(name), ["x0", "y0", "x1", "y1"]].to_numpy().T
         w, h = x1 - x0, y1 - y0
         if len(w):
-            out[name] = {k: spread(v) for k, v in dict(area=w * h, x=x0 + w / 2, y=y0 + h / 2, width=w, height=h).items()}
+            out[name] = {
+                k: spread(v) for k, v in dict(area=w * h, x=x0 + w / 2, y=y0 + h / 2, width=w, height=h).items()
+            }
     return out
 
 
@@ -181,12 +185,20 @@ def run_cue(bench: Bench) -> dict[str, Any]:
         method = fit(study, name, lambda: Reader(stage, s.body, standardise=False, see=see))[0]
         scores[see] = logits_of(study, method, split.test)[:, 0]
         if see == "all":
-            maps = predict(method, Loader(study.cache, both, split.test, 64, size=s.image_size, device=bench.fabric.device)).maps[:, 0]
+            maps = predict(
+                method, Loader(study.cache, both, split.test, 64, size=s.image_size, device=bench.fabric.device)
+            ).maps[:, 0]
     images = images_of(both, np.arange(len(both)), s.image_size)
-    for name, features in (("grey histogram", np.sqrt(grey_histogram(images, 32))), ("spectrum", radial_spectrum(images))):
+    for name, features in (
+        ("grey histogram", np.sqrt(grey_histogram(images, 32))),
+        ("spectrum", radial_spectrum(images)),
+    ):
         scores[name] = _linear(features, real, split)
     y = real[split.test]
-    table = {name: auroc_cell(y, z, who, s.n_boot) | {"accuracy": float(((z > 0) == y).mean())} for name, z in scores.items()}
+    table = {
+        name: auroc_cell(y, z, who, s.n_boot) | {"accuracy": float(((z > 0) == y).mean())}
+        for name, z in scores.items()
+    }
     heat = {kind: maps[at].mean(0).round(4).tolist() for kind, at in (("real", y), ("drawn", ~y))}
     return dict(auroc=table, heat=heat, images={k: len(getattr(split, k)) for k in ("train", "valid", "test")})
 
@@ -282,7 +294,9 @@ def shortcut_study(
             y, who = study.radiographs.labels[tests[0], k], study.radiographs.table["patient"].to_numpy()[tests[0]]
             area[trained, tested] = auroc_cell(y, logits_of(study, reader, tests[0])[:, k], who, 500)
     settings, names = base.but(**{shortcut.field: 1.0}), set(known[1.0][0].radiographs.table["image"][tests[0]])
-    visits = [v for v in _visits(settings, shortcut.finding) if v.name in names and shortcut.finding in v.findings][:most]
+    visits = [v for v in _visits(settings, shortcut.finding) if v.name in names and shortcut.finding in v.findings][
+        :most
+    ]
     cases = [draw_image(settings, v.patient, v.follow_up) for v in visits]
     readers = {s: reader for s, (_, reader) in known.items()}
     maps = {s: score_maps(r, cases, shortcut) for s, r in readers.items()} if shortcut.mark else {}
@@ -322,7 +336,11 @@ def score_difference(
     for row, order, k in zip(hot.reshape(len(hot), -1), np.argsort(-flat, 1, kind="stable"), truth.sum((1, 2))):
         row[order[:k]] = True
     pointing = truth.reshape(len(truth), -1)[np.arange(len(flat)), flat.argmax(1)].astype(float)
-    return {"energy": energy(heat, truth.astype(np.float32)), "pointing": pointing, "IoU": region_overlaps(hot, truth)[0]}
+    return {
+        "energy": energy(heat, truth.astype(np.float32)),
+        "pointing": pointing,
+        "IoU": region_overlaps(hot, truth)[0],
+    }
 
 # %% ../nbs/09b_realism.ipynb #543b8ce6
 def draw_pairs(
@@ -338,24 +356,44 @@ def draw_pairs(
     for i, visit in progress(list(enumerate(plan(settings.but(n_images=n)))), "drawing pairs"):
         finding = findings[i % len(findings)]
         pair = counterfactual(settings, visit.patient, visit.follow_up, finding)
-        for k, image in zip(("with", "without", "difference"), (pair.with_it.image, pair.without.image, pair.difference)):
+        for k, image in zip(
+            ("with", "without", "difference"), (pair.with_it.image, pair.without.image, pair.difference)
+        ):
             with atomic(folder / k / visit.name) as part:
                 part.write_bytes(cv2.imencode(".png", image)[1].tobytes())
         others = "|".join(f for f in pair.without.masks)
         box = [round(float(c), 5) for c in enclosing_box(pair.difference > 0)] if pair.difference.any() else [""] * 4
         lines.append([visit.name, finding, others, visit.patient, visit.follow_up, visit.view, *box])
     with atomic(folder / "pairs.csv") as part, open(part, "w", newline="") as f:
-        csv.writer(f).writerows([["image", "finding", "others", "patient", "follow_up", "view", "x0", "y0", "x1", "y1"], *lines])
+        csv.writer(f).writerows(
+            [["image", "finding", "others", "patient", "follow_up", "view", "x0", "y0", "x1", "y1"], *lines]
+        )
     write_json(folder / "pairs.json", dict(version=VERSION, settings=settings.model_dump(mode="json"), n=n))
     return folder / "pairs.csv"
 
 # %% ../nbs/09b_realism.ipynb #e8958a8d
 STEPS: dict[str, tuple[Callable[[Bench], dict[str, Any]], tuple[str, ...]]] = {
     "segmentation": (run_segmentation, ("segmentation",)),
-    "classification": (run_classification, ("segmentation", "read_size", "image_size", "body", "batch_size", "looks", "epochs", "lr")),
-    "pretraining": (run_pretraining, (
-        "segmentation", "read_size", "image_size", "body", "batch_size", "looks", "epochs", "lr", "real_epochs", "real_lr", "seeds",
-    )),
+    "classification": (
+        run_classification,
+        ("segmentation", "read_size", "image_size", "body", "batch_size", "looks", "epochs", "lr"),
+    ),
+    "pretraining": (
+        run_pretraining,
+        (
+            "segmentation",
+            "read_size",
+            "image_size",
+            "body",
+            "batch_size",
+            "looks",
+            "epochs",
+            "lr",
+            "real_epochs",
+            "real_lr",
+            "seeds",
+        ),
+    ),
     "cue": (run_cue, ("read_size", "image_size", "body", "batch_size", "cue_images", "cue_epochs")),
 }
 
@@ -400,7 +438,9 @@ def app() -> None:
     real, masked = typer.Argument(help="folder of ChestX-ray14"), typer.Argument(help="folder of images with masks")
 
     @cli.command("measure")
-    def measure_(chestxray14: Path = real, chest_masks: Path = masked, out: Path = reported_file("real_statistics.json")):
+    def measure_(
+        chestxray14: Path = real, chest_masks: Path = masked, out: Path = reported_file("real_statistics.json")
+    ):
         "Measure the aggregates of the real images again."
         print(write_json(out, measure(chestxray14, chest_masks)))
 

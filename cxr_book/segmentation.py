@@ -227,10 +227,15 @@ def fit_segmenter(
     fabric = fabric or make_fabric()
     split = official_split(radiographs, valid=settings.valid, seed=settings.seed)
     how = dict(settings=settings, device=fabric.device)
-    train, valid = mask_loader(radiographs, split.train, augmented=True, **how), mask_loader(radiographs, split.valid, **how)
+    train, valid = (
+        mask_loader(radiographs, split.train, augmented=True, **how),
+        mask_loader(radiographs, split.valid, **how),
+    )
     torch.manual_seed(derive(settings.seed, "init", "segmenter"))
     method = Segmenter(settings)
-    learner = Learner(method, train, valid, Run(folder, settings, radiographs.fingerprint), fabric=fabric, seed=settings.seed)
+    learner = Learner(
+        method, train, valid, Run(folder, settings, radiographs.fingerprint), fabric=fabric, seed=settings.seed
+    )
     return method, learner.fit()
 
 # %% ../nbs/06b_segmentation.ipynb #6057106d

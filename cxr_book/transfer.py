@@ -43,7 +43,9 @@ def mean_cell(values: np.ndarray, patients: np.ndarray, n_boot: int, seed: int =
     return summarise({"v": values}, np.zeros(len(values), int), patients, n_boot, seed)["v"]["Micro"]
 
 
-def auroc_cell(y: np.ndarray, scores: np.ndarray, patients: np.ndarray, n_boot: int, seed: int = 0) -> dict[str, float]:
+def auroc_cell(
+    y: np.ndarray, scores: np.ndarray, patients: np.ndarray, n_boot: int, seed: int = 0
+) -> dict[str, float]:
     "AUROC of (n,) scores for (n,) labels, its interval over patients, and the number of positives."
     position, counts = patient_weights(patients, n_boot, seed)
     weights = np.concatenate([np.ones((1, len(y))), counts[:, position]])
@@ -142,7 +144,9 @@ class TransferSettings(Settings):
     }  # fmt: skip
 
 # %% ../nbs/09a_transfer.ipynb #234cb223
-def lung_box(masks: np.ndarray, margin: float = 0.06) -> tuple[float, float, float, float]:  # (M, H, W) bool, lungs first
+def lung_box(
+    masks: np.ndarray, margin: float = 0.06
+) -> tuple[float, float, float, float]:  # (M, H, W) bool, lungs first
     "x0, y0, x1, y1 around both lungs, in fractions, with a margin; the whole image where there are not two."
     left, right = (largest_piece(m) for m in masks[:2])
     if not (left.any() and right.any()):
@@ -179,7 +183,9 @@ class Bench:
     @cached_property
     def drawn(self) -> Radiographs:
         s = self.settings
-        return read(draw_dataset(PhantomSettings(n_images=s.n_drawn, size=s.drawn_size, seed=s.drawn_seed, test_share=0.15)))
+        return read(
+            draw_dataset(PhantomSettings(n_images=s.n_drawn, size=s.drawn_size, seed=s.drawn_seed, test_share=0.15))
+        )
 
     @cached_property
     def real(self) -> Radiographs:
@@ -210,7 +216,9 @@ class Bench:
         "Data and split with a cache, of whole images or of the lungs in them, and a run folder named after the settings."
         s = self.settings
         augment = GEOMETRY.but(out_size=s.image_size)
-        settings = StudySettings(image_size=s.read_size, batch_size=s.batch_size, augment=augment, n_boot=s.n_boot, preset=s.preset)
+        settings = StudySettings(
+            image_size=s.read_size, batch_size=s.batch_size, augment=augment, n_boot=s.n_boot, preset=s.preset
+        )
         what = digest([name, lungs and s.segmentation.digest, settings.digest, radiographs.fingerprint])
         run = Run(self.folder / f"{name}-{what}", settings, radiographs.fingerprint)
         cache = build_cache(radiographs, s.read_size)
@@ -266,7 +274,9 @@ def run_segmentation(bench: Bench) -> dict[str, Any]:
     (found, truth), names = segment(method, drawn, bench.fabric), (*LUNGS, middle)
     who = lambda r, loader: r.table["patient"].to_numpy()[loader.rows.numpy()]  # noqa: E731
     n_boot = bench.settings.n_boot
-    out = {"drawn": _dice_cells(named(found, s.structures), named(truth, s.structures), who(bench.drawn, drawn), n_boot)}
+    out = {
+        "drawn": _dice_cells(named(found, s.structures), named(truth, s.structures), who(bench.drawn, drawn), n_boot)
+    }
     mean_mask = named(truth.mean(0, keepdims=True) > 0.5, s.structures)
     found, truth = segment(method, real, bench.fabric)
     found, truth = named(found, s.structures), named(truth, names)
@@ -275,7 +285,9 @@ def run_segmentation(bench: Bench) -> dict[str, Any]:
     answers = {"real": found, "control: mean mask of the drawings": always,
                "control: dark pieces": dict(zip(LUNGS, np.array(dark).swapaxes(0, 1)))}  # fmt: skip
     out |= {k: _dice_cells(answer, truth, who(data, real), n_boot) for k, answer in answers.items()}
-    ratios = np.array([[cardiothoracic_ratio(*masks) for masks in zip(*(m[k] for k in names))] for m in (found, truth)])
+    ratios = np.array(
+        [[cardiothoracic_ratio(*masks) for masks in zip(*(m[k] for k in names))] for m in (found, truth)]
+    )
     error = mean_cell(np.abs(ratios[0] - ratios[1]), who(data, real), n_boot)
     return dict(dice=out, ratio_error=error, images=len(real.rows), chosen_on="drawn validation patients",
                 epochs=[{k: h[k] for k in ("epoch", "train_loss", "valid_loss", "valid_dice")} for h in history])  # fmt: skip
@@ -319,7 +331,9 @@ def run_classification(bench: Bench) -> dict[str, Any]:
     rows, ill = asked_rows(bench.real, np.sort(np.concatenate([real.split.train, real.split.valid])))
     test, drawn_ill = asked_rows(bench.drawn, study.split.test)
     view, who = (bench.real.table[c].to_numpy()[rows] for c in ("view", "patient"))
-    drawn_grey, grey = (images_of(st.radiographs, r, s.image_size).mean((1, 2)) for st, r in ((study, test), (real, rows)))
+    drawn_grey, grey = (
+        images_of(st.radiographs, r, s.image_size).mean((1, 2)) for st, r in ((study, test), (real, rows))
+    )
     sign = 1.0 if auroc(drawn_ill[:, None], drawn_grey[:, None])[0] >= 0.5 else -1.0
     best = 1.0 if auroc(ill[:, None], grey[:, None])[0] >= 0.5 else -1.0
     answers = {"trained on drawings": either(logits_of(real, method, rows)),
@@ -333,8 +347,12 @@ def run_classification(bench: Bench) -> dict[str, Any]:
     parts = {"all": np.ones(len(rows), bool)} | {v: view == v for v in ("PA", "AP")}
     cells = {name: {part: auroc_cell(ill[at], a[at], who[at], s.n_boot) for part, at in parts.items()}
              for name, a in answers.items()}  # fmt: skip
-    areas = [{part: float(auroc(ill[at][:, None], a[at][:, None])[0]) for part, at in parts.items()} for a in untrained]
-    drawn = auroc_cell(drawn_ill, either(logits_of(study, method, test)), bench.drawn.table["patient"].to_numpy()[test], s.n_boot)
+    areas = [
+        {part: float(auroc(ill[at][:, None], a[at][:, None])[0]) for part, at in parts.items()} for a in untrained
+    ]
+    drawn = auroc_cell(
+        drawn_ill, either(logits_of(study, method, test)), bench.drawn.table["patient"].to_numpy()[test], s.n_boot
+    )
     return dict(auroc=cells, untrained=areas, drawn=drawn, images={k: int(at.sum()) for k, at in parts.items()},
                 chosen_on="drawn patients; but the crop to the lungs came after a trial without it on these real images")  # fmt: skip
 
@@ -343,7 +361,9 @@ def _paired(y: np.ndarray, logits: dict[str, list[np.ndarray]], patients: np.nda
     "Mean AUROC over classes and seeds of each arm, and the difference of the two arms on the same resamples."
     position, counts = patient_weights(patients, n_boot)
     weights = np.concatenate([np.ones((1, len(y))), counts[:, position]])
-    arms = {k: np.array([np.nanmean(auroc(y, z, weights), 1) for z in seeds]) for k, seeds in logits.items()}  # (seeds, B)
+    arms = {
+        k: np.array([np.nanmean(auroc(y, z, weights), 1) for z in seeds]) for k, seeds in logits.items()
+    }  # (seeds, B)
     first, second = arms.values()
     draws = {k: a.mean(0) for k, a in arms.items()} | {"difference": (second - first).mean(0)}
     cell = lambda d: dict(value=d[0], low=np.percentile(d[1:], 2.5), high=np.percentile(d[1:], 97.5), n=len(y))  # noqa: E731
