@@ -235,7 +235,7 @@ def build(p, k, ap: bool, female: bool) -> Body:
         female=female,
     )
 
-
+# %% ../nbs/01b_anatomy.ipynb #ace66a79
 def stand(
     size: int,  # pixels along each side
     p,  # random generator of the patient
@@ -313,7 +313,7 @@ def spine(a: Anatomy, rng) -> np.ndarray:
     spines = [(np.array([[0, v + 0.012], [0, v + 0.03]]), 0.01, 1.0) for v in levels]
     return BONE * rng.uniform(0.7, 1.3) * (0.32 * bodies + 0.3 * a.paint(pedicles + spines, 0.002))
 
-
+# %% ../nbs/01b_anatomy.ipynb #e948b519
 def shoulders(a: Anatomy, rng) -> np.ndarray:
     "Absorption of clavicles, scapulae and humeri (size, size)."
     body, ap, both = a.body, a.body.ap, []
@@ -412,7 +412,7 @@ def trunk(a: Anatomy, rng) -> np.ndarray:
     )
     return np.maximum(np.maximum(chest, neck), arm)
 
-
+# %% ../nbs/01b_anatomy.ipynb #5626acf7
 def breasts(a: Anatomy, rng) -> np.ndarray:
     "Thickness in cm of the breasts (size, size); a man's chest muscles cast a fainter shadow."
     high, wide, much = 0.50 + rng.uniform(0, 0.16), rng.uniform(0.17, 0.22), rng.gamma(3.0, 0.9)
@@ -428,7 +428,7 @@ def breasts(a: Anatomy, rng) -> np.ndarray:
             total = total + 0.7 * soft(1 - a.ellipse((s * 0.23, high - 0.2), 0.17, 0.15, 0.5 * s), 0.9)
     return total
 
-
+# %% ../nbs/01b_anatomy.ipynb #c24e4b24
 def gas(a: Anatomy, rng) -> np.ndarray:
     "Thickness in cm of the air in trachea, main bronchi, stomach and bowel (size, size)."
     body, aside = a.body, rng.normal(0, 0.006)

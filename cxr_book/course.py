@@ -208,7 +208,7 @@ def course(
         )
     return visits
 
-
+# %% ../nbs/01g_course.ipynb #66a79795
 def plan(settings: PhantomSettings) -> list[Visit]:
     "The visits of a data set: patients 1, 2, ... until there are `n_images`."
     visits, patient = [], 0

@@ -35,7 +35,7 @@ def letters(text: str) -> list[np.ndarray]:
             lines.append((xy - (2, 3)) / 6 + ((k - (len(text) - 1) / 2) * step, 0))
     return lines
 
-
+# %% ../nbs/01f_devices.ipynb #443bc518
 def place(
     lines,  # of `letters`
     at,  # centre, fractions of the image
@@ -121,7 +121,7 @@ def marker(
 HALF = [(0, -1), (0.6, -0.3), (0.22, -0.3), (0.22, 0.8)]
 ARROW = np.array(HALF + [(-x, y) for x, y in HALF[::-1]])
 
-
+# %% ../nbs/01f_devices.ipynb #a60bd232
 def view_text(image: np.ndarray, mask: np.ndarray, rng, ap: bool = True) -> None:
     "Write what a bedside system writes (PORTABLE, AP, posture, arrow) or else ERECT; changes both arrays in place."
     height, draw = float(rng.uniform(0.011, 0.016)), rng.random(5).tolist()
@@ -213,7 +213,7 @@ def ecg_leads(a: Anatomy, rng, side: int):
             strokes += [(at + ring(0.22 * CM), None, 1.0)]
     return _device(a, strokes, 2.0)
 
-
+# %% ../nbs/01f_devices.ipynb #c1e040fd
 def central_line(a: Anatomy, rng, side: int):
     "A catheter from the neck or from below the clavicle into the vena cava."
     c, top = a.body.carina, a.body.apex
@@ -240,7 +240,7 @@ def gastric_tube(a: Anatomy, rng, side: int):
     line = bend([*gullet, (0.03, dome - 0.02), (0.06, dome + 0.05), (0.12 + rng.normal(0, 0.02), dome + 0.12), end])
     return _device(a, tube(a, line, 0.45, 0.45), 1.1)
 
-# %% ../nbs/01f_devices.ipynb #c1e040fd
+# %% ../nbs/01f_devices.ipynb #c886fe33
 def pacemaker(a: Anatomy, rng, side: int):
     "A box below the clavicle, with leads to the right atrium and ventricle."
     top, c, (right, left, _, bottom) = a.body.apex, a.body.carina, a.body.heart
@@ -260,7 +260,7 @@ def pacemaker(a: Anatomy, rng, side: int):
     strokes += [(at + box * 0.94, thick(a, 0.1), 0.8)]
     return _device(a, strokes, 3.0)
 
-
+# %% ../nbs/01f_devices.ipynb #8809a034
 def chest_tube(a: Anatomy, rng, side: int):
     "A drain through the side wall, up between lung and ribs; its stripe is interrupted at the last side hole."
     body, enter = a.body, a.body.domes[side > 0] - rng.uniform(0.04, 0.20)
@@ -299,7 +299,7 @@ CHANCE = dict(  # share of the films with it: upright, bedside
     pacemaker=(0.02, 0.04), chest_tube=(0.01, 0.05), sternal_wires=(0.03, 0.06))  # fmt: skip
 IMPLANTS = ("pacemaker", "sternal_wires")  # the patient's, not the visit's
 
-
+# %% ../nbs/01f_devices.ipynb #5de653c9
 class Device(NamedTuple):
     "What to draw: `DEVICES[name](a, np.random.default_rng(seed), side)`."
 

@@ -129,7 +129,7 @@ def _choose(visit: Visit, findings: tuple[str, ...] | None, rng, least: float) -
     names = tuple(f for f in FINDINGS if f in findings)
     return visit._replace(findings=names, severities=tuple(own.get(f, other[f]) for f in names))
 
-
+# %% ../nbs/01h_drawing.ipynb #483fa3ff
 def draw_image(
     settings: PhantomSettings,
     patient: int,  # from 1

