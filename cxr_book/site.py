@@ -320,6 +320,9 @@ def _finish(cell: dict, known: dict[str, str], name: str) -> dict:
 
 def _no_html(output: dict, where: str) -> dict:
     data = output.get("data", {})
+    if isinstance(data.get("text/plain"), str):  # Quarto wants lines
+        data = data | {"text/plain": data["text/plain"].splitlines(True)}
+        output = output | {"data": data}
     if "text/html" not in data:
         return output
     html = "".join(data["text/html"])
