@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FINDINGS', 'BOXED', 'NO_FINDING', 'PRESETS', 'CxrError', 'did_you_mean', 'finding_index', 'Settings', 'digest',
            'atomic', 'write_json', 'read_json', 'home', 'reported', 'derive', 'seed_everything', 'pick_device',
-           'pick_precision', 'check_torchvision', 'n_cpus', 'progress', 'Run', 'stamp', 'code_version', 'device_name']
+           'pick_precision', 'check_torchvision', 'n_cpus', 'progress', 'refuse_other', 'Run', 'stamp', 'code_version',
+           'device_name']
 
 # %% ../nbs/01_core.ipynb #0f409d82
 import contextlib
@@ -74,16 +75,7 @@ class Settings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as e:
-            raise CxrError(self._explain(e)) from None
-
-    @classmethod
-    def _explain(cls, error: ValidationError) -> str:
-        lines = [f"{cls.__name__} refuses:"]
-        for e in error.errors():
-            key = ".".join(map(str, e["loc"])) or "the combination"
-            hint = did_you_mean(key, cls.model_fields) if e["type"] == "extra_forbidden" else e["msg"]
-            lines.append(f"  {key} = {e['input']!r}: {hint}" if e["loc"] else f"  {hint}")
-        return "\n".join(lines)
+            raise CxrError(_explain(type(self), e)) from None
 
     @classmethod
     def from_preset(
@@ -107,6 +99,16 @@ class Settings(BaseModel):
         return digest(self.model_dump(mode="json"))
 
 # %% ../nbs/01_core.ipynb #c00d089d
+def _explain(cls: type[BaseModel], error: ValidationError) -> str:
+    "Every value that was refused, with its key and the reason."
+    lines = [f"{cls.__name__} refuses:"]
+    for e in error.errors():
+        key = ".".join(map(str, e["loc"]))
+        hint = did_you_mean(key, cls.model_fields) if e["type"] == "extra_forbidden" else e["msg"]
+        lines.append(f"  {key} = {e['input']!r}: {hint}" if key else f"  {hint}")
+    return "\n".join(lines)
+
+
 def digest(value: Any) -> str:
     "Eight hex characters of the SHA-256 of a JSON value."
     text = json.dumps(value, sort_keys=True, default=str)
@@ -228,7 +230,7 @@ def pick_device(
         raise CxrError(f"device = {wanted!r}: this machine has {n_cuda} CUDA devices; use device = 'auto' or 'cpu'")
     return device
 
-
+# %% ../nbs/01_core.ipynb #dc032ac6
 def pick_precision(
     device,  # a torch device
     wanted: str = "auto",  # "auto", "32-true", "bf16-mixed"
@@ -245,7 +247,7 @@ def pick_precision(
         native = device.type == "cpu" and any(supported() for supported in asked if supported)
     return "bf16-mixed" if native else "32-true"
 
-
+# %% ../nbs/01_core.ipynb #38ad2724
 def check_torchvision() -> None:
     "Fail early where torch and torchvision are no pair (a CPU-only torch breaks torchvision's operators)."
     import torch
@@ -289,6 +291,18 @@ def progress(
     print(f"{desc}: {n} in {seconds:.1f} s", flush=True)
 
 # %% ../nbs/01_core.ipynb #8d3da990
+def refuse_other(
+    holds: str,  # the folder and what it holds, as the message shall say it
+    old: dict[str, Any],  # the configuration that stands there
+    new: dict[str, Any],  # the one that is asked for
+    way_out: str,  # what the reader can do
+) -> None:
+    "Raise an error that names the first key in which two configurations differ, if there is one."
+    for key in new | old:
+        if old.get(key) != new.get(key):
+            raise CxrError(f"{holds} with {key} = {old.get(key)!r}, asked for {key} = {new.get(key)!r}; {way_out}")
+
+# %% ../nbs/01_core.ipynb #c77d8ece
 class Run:
     "One run folder."
 
@@ -310,13 +324,8 @@ class Run:
         path = self.folder / "config.json"
         if not path.exists():
             write_json(path, self.config)
-        old, new = read_json(path), _plain(self.config)
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                raise CxrError(
-                    f"{self.folder}: holds a run with {key} = {old.get(key)!r}, asked for {key} = {new.get(key)!r}; "
-                    "choose another out_dir, or remove the folder to start again"
-                )
+        way_out = "choose another out_dir, or remove the folder to start again"
+        refuse_other(f"{self.folder}: holds a run", read_json(path), _plain(self.config), way_out)
 
     def child(self, name: str, settings: Settings | None = None) -> "Run":
         "The run folder of one model inside this one."
@@ -342,8 +351,9 @@ def stamp(
 ) -> dict[str, Any]:
     "What made a result: code, settings, seed, data, device, library versions, date."
     return dict(
-        code=code_version(), config=digest(_plain(config)), seed=config.get("seed"), data=data, device=device_name(device),
-        python=platform.python_version(), system=f"{platform.system()} {platform.machine()}", cores=n_cpus(),
+        code=code_version(), config=digest(_plain(config)), seed=config.get("seed"), data=data,
+        device=device_name(device), python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}", cores=n_cpus(),
         libraries={p: _version(p) for p in ("torch", "torchvision", "numpy", "opencv-python-headless", "scikit-learn")},
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )  # fmt: skip

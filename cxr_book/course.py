@@ -35,9 +35,7 @@ class PhantomSettings(Settings):
     variety: Share = Field(1.0, description="how much patients, postures and films differ; 0: all are the median")
     test_share: float = Field(0.25, ge=0, lt=1, description="share of the patients on the test list")
     false_positives: Rates = Field(0.0, description="share of the images without a finding that are labelled with it")
-    false_negatives: Rates = Field(
-        0.0, description="share of the images with a finding that are not labelled with it"
-    )
+    false_negatives: Rates = Field(0.0, description="share of the images with a finding that are not labelled with it")
     shortcut_tube: Share = Field(0.0, description="how surely a chest tube tells a pneumothorax")
     shortcut_marker: Share = Field(0.0, description="how surely a marker on a plate tells `marker_finding`")
     shortcut_view: Share = Field(0.0, description="how surely the AP view tells a grave finding")
@@ -56,7 +54,7 @@ class PhantomSettings(Settings):
                 raise ValueError(f"unknown finding {name!r}; {did_you_mean(name, FINDINGS)}")
         return value
 
-
+# %% ../nbs/01g_course.ipynb #7832c2e4
 def rate(rates: float | dict[str, float], finding: str) -> float:
     "The rate of one finding."
     return rates.get(finding, 0.0) if isinstance(rates, dict) else rates
@@ -74,10 +72,8 @@ def both_exceed(p, q, r, nodes: int = 48) -> np.ndarray:
     "Chance that two standard normals of correlation r both exceed thresholds which they exceed with chances p and q."
     h, k = (-np.vectorize(NormalDist().inv_cdf)(x) for x in (p, q))
     t, w = np.polynomial.legendre.leggauss(nodes)
-    t = (np.asarray(r)[..., None] / 2) * (
-        t + 1
-    )  # the density of the pair, integrated over the correlation from 0 to r
-    h, k = h[..., None], k[..., None]
+    h, k, t = h[..., None], k[..., None], (np.asarray(r)[..., None] / 2) * (t + 1)
+    # the density of the pair, integrated over the correlation from 0 to r
     density = np.exp(-(h * h - 2 * h * k * t + k * k) / (2 * (1 - t * t))) / np.sqrt(1 - t * t)
     return p * q + (density * w).sum(-1) * np.asarray(r) / (4 * np.pi)
 
@@ -190,22 +186,10 @@ def course(
         ap = _tied(marks, settings.shortcut_view, (severity[k] > 0.5).any(), bed[k])
         tube = _tied(marks, settings.shortcut_tube, "Pneumothorax" in findings, chance[0])
         marker = _tied(marks, settings.shortcut_marker, settings.marker_finding in findings, chance[1])
-        visits.append(
-            Visit(
-                patient,
-                k,
-                age + int(years[k]),
-                sex,
-                "AP" if ap else "PA",
-                findings,
-                tuple(settings.mildest + (1 - settings.mildest) * s for s in severity[k].tolist() if s > 0),
-                tuple(episodes[k].tolist()),
-                findings if test else _mined(settings, marks, findings),
-                tube,
-                marker,
-                bool(test),
-            )  # fmt: skip
-        )
+        grave = tuple(settings.mildest + (1 - settings.mildest) * s for s in severity[k].tolist() if s > 0)
+        labels = findings if test else _mined(settings, marks, findings)
+        who = patient, k, age + int(years[k]), sex, "AP" if ap else "PA"
+        visits.append(Visit(*who, findings, grave, tuple(episodes[k].tolist()), labels, tube, marker, bool(test)))
     return visits
 
 # %% ../nbs/01g_course.ipynb #66a79795

@@ -170,7 +170,7 @@ def auroc_table(
     table = {f: _cell(point[k], draws[:, k], y[:, k].sum()) for k, f in enumerate(FINDINGS)}
     return table | {"Mean": _cell(_mean(point, 0), _mean(draws, 1), (y.sum(1) > 0).sum())}
 
-
+# %% ../nbs/07b_evaluation.ipynb #780f1849
 def summarise(
     values: dict[str, np.ndarray],  # metric -> (n,) value of each pair; NaN where it was not measured
     finding: np.ndarray,  # (n,) index of each pair's finding
@@ -402,7 +402,7 @@ def evaluate(
         result["modes"][mode] = {"thresholds": chosen, "source": source, "metrics": metrics}
     return result
 
-
+# %% ../nbs/07b_evaluation.ipynb #1b82888d
 def _refuse_leak(predictions: Predictions, validation: Predictions | None, radiographs: Any) -> None:
     "Thresholds chosen on patients of the test part would not be validated."
     if validation is not None:

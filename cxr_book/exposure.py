@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from fastcore.basics import patch
 
 from .anatomy import CM, soft
 
@@ -154,43 +155,49 @@ class Film:
         self.offset = enlarge(self.gain * (offset + uneven - low) + bottom, self.size)
         self._sharpen(healthy)
 
-    def _even_out(self, seen: np.ndarray) -> np.ndarray:
-        "What the gains add to `fine` times the picture, (CELLS, CELLS)."
-        t, inside = self.technique, np.maximum(seen, 0.6)
-        broad, narrow = blur(inside, 3.6), blur(inside, 0.8)
-        return (1 - t.fine) * narrow + (t.wide - 1) * broad
+# %% ../nbs/01c_exposure.ipynb #6c22ad02
+@patch
+def _even_out(self: Film, seen: np.ndarray) -> np.ndarray:
+    "What the gains add to `fine` times the picture, (CELLS, CELLS)."
+    t, inside = self.technique, np.maximum(seen, 0.6)
+    broad, narrow = blur(inside, 3.6), blur(inside, 0.8)
+    return (1 - t.fine) * narrow + (t.wide - 1) * broad
 
-    def _sharpen(self, healthy: np.ndarray) -> None:
-        "Give the healthy patient's small structures their gain, and his edges theirs."
-        t = self.technique
-        seen = np.exp(-healthy)
-        seen += self.veil
-        np.negative(np.log(seen, out=seen), out=seen)
-        n = min(self.size, 512)
-        edge = blur(cv2.resize(seen, (n, n), interpolation=cv2.INTER_AREA), 0.12)
-        if n < self.size:
-            edge = cv2.resize(edge, (self.size, self.size), interpolation=cv2.INTER_LINEAR)
-        cv2.scaleAdd(seen, self.gain * (t.fine - 1 + t.sharp), self.offset, dst=self.offset)
-        cv2.scaleAdd(edge, -self.gain * t.sharp, self.offset, dst=self.offset)
 
-    def __call__(
-        self,
-        total: np.ndarray,  # absorption, (size, size) or the crop `where`
-        noise: np.ndarray | None = None,  # of `grain`, same shape
-        where: tuple[slice, slice] | None = None,  # crop of the frame
-    ) -> np.ndarray:
-        "Grey 0..255, float32; bright is dense."
-        where, t = where or (slice(None), slice(None)), self.technique
-        beam = np.exp(-np.ascontiguousarray(total, np.float32))
-        beam += self.veil[where]
-        z = np.log(beam)
-        z *= np.float32(-self.gain)
-        z += self.offset[where]
-        if noise is not None:
-            rough = np.divide(noise, np.sqrt(beam, out=beam), out=beam)
-            rough *= np.float32(self.gain * t.fine * sigma(self.size, t.dose))
-            z += rough
-        return curve(z, t.toe, t.black, t.white)
+@patch
+def _sharpen(self: Film, healthy: np.ndarray) -> None:
+    "Give the healthy patient's small structures their gain, and his edges theirs."
+    t = self.technique
+    seen = np.exp(-healthy)
+    seen += self.veil
+    np.negative(np.log(seen, out=seen), out=seen)
+    n = min(self.size, 512)
+    edge = blur(cv2.resize(seen, (n, n), interpolation=cv2.INTER_AREA), 0.12)
+    if n < self.size:
+        edge = cv2.resize(edge, (self.size, self.size), interpolation=cv2.INTER_LINEAR)
+    cv2.scaleAdd(seen, self.gain * (t.fine - 1 + t.sharp), self.offset, dst=self.offset)
+    cv2.scaleAdd(edge, -self.gain * t.sharp, self.offset, dst=self.offset)
+
+# %% ../nbs/01c_exposure.ipynb #de1c299d
+@patch
+def __call__(
+    self: Film,
+    total: np.ndarray,  # absorption, (size, size) or the crop `where`
+    noise: np.ndarray | None = None,  # of `grain`, same shape
+    where: tuple[slice, slice] | None = None,  # crop of the frame
+) -> np.ndarray:
+    "Grey 0..255, float32; bright is dense."
+    where, t = where or (slice(None), slice(None)), self.technique
+    beam = np.exp(-np.ascontiguousarray(total, np.float32))
+    beam += self.veil[where]
+    z = np.log(beam)
+    z *= np.float32(-self.gain)
+    z += self.offset[where]
+    if noise is not None:
+        rough = np.divide(noise, np.sqrt(beam, out=beam), out=beam)
+        rough *= np.float32(self.gain * t.fine * sigma(self.size, t.dose))
+        z += rough
+    return curve(z, t.toe, t.black, t.white)
 
 # %% ../nbs/01c_exposure.ipynb #05ced1aa
 def window(

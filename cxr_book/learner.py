@@ -23,7 +23,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cxr_book.core import (
-    CxrError, Run, Settings, atomic, derive, pick_device, pick_precision, progress, read_json, seed_everything, write_json,
+    CxrError, Run, Settings, atomic, derive, pick_device, pick_precision, progress, read_json, seed_everything,
+    write_json,
 )  # fmt: skip
 from .layers import load_strict, save_weights
 
@@ -72,8 +73,8 @@ def set_trainable(
     named = dict(method.named_parameters())
     for prefix in prefixes:
         if not any(name.startswith(prefix) for name in named):
-            tops = sorted({n.split(".")[0] for n in named})
-            raise CxrError(f"trainable = {prefix!r} fits no parameter of {type(method).__name__}; it has {', '.join(tops)}")
+            tops = ", ".join(sorted({n.split(".")[0] for n in named}))
+            raise CxrError(f"trainable = {prefix!r} fits no parameter of {type(method).__name__}; it has {tops}")
     for name, p in named.items():
         p.requires_grad_(name.startswith(tuple(prefixes)))
     return [p for p in named.values() if p.requires_grad]
@@ -165,11 +166,15 @@ def fit(self: Learner) -> list[dict[str, Any]]:
 @patch
 def _fit_stage(self: Learner, i: int, stage: Stage, state: dict[str, Any]) -> None:
     "Train one stage, from its start or from `state`."
+    if stage.epochs and not len(self.train):
+        size, rows = self.train.batch_size, len(self.train.rows)
+        raise CxrError(f"batch_size = {size}: the training part has {rows} images, which fill no batch; lower it")
     params = set_trainable(self.method, stage.trainable)
     module, opt = self.fabric.setup(self.method, make_optimizer(stage, params))
     module.mark_forward_method("loss")
     ema = AveragedModel(self.method, multi_avg_fn=get_ema_multi_avg_fn(stage.ema)) if stage.ema else None
-    self.now = dict(stage=i, epoch=0, step=0, sums={}, best=None, best_epoch=-1) | {k: v for k, v in state.items() if k != "optimizer"}
+    self.now = dict(stage=i, epoch=0, step=0, sums={}, best=None, best_epoch=-1)
+    self.now |= {k: v for k, v in state.items() if k != "optimizer"}
     if "optimizer" in state:
         opt.load_state_dict(state["optimizer"])
         if ema:
@@ -205,18 +210,26 @@ def _fit_epoch(self: Learner, stage: Stage, module, opt, ema) -> None:
             saved = time.monotonic()
             self._save(opt, ema, wait=False)  # each process has its own clock: none may wait for the others here
     seconds = time.monotonic() - start
-    line = dict(stage=stage.name, epoch=now["epoch"] + 1, lr=stage.lr * lr_factor(stage, now["epoch"] / stage.epochs))
-    line |= {f"train_{k}": self._mean(v, n) for k, v in now["sums"].items()}
-    if not math.isfinite(line["train_loss"]):
-        raise CxrError(
-            f"{self.run.folder}: the loss of stage {stage.name!r} is {line['train_loss']} in epoch {line['epoch']}; "
-            "the state of the epoch before stands. Lower lr, or set clip."
-        )
+    line = self._trained(stage)
     line |= {f"valid_{k}": v for k, v in self.validate(ema.module if ema else self.method, stage).items()}
     line |= dict(seconds=seconds, images_per_second=(n - first) * self.train.batch_size / max(seconds, 1e-9))
     self._close_epoch(stage, opt, ema, line)
 
 
+@patch
+def _trained(self: Learner, stage: Stage) -> dict[str, Any]:
+    "The line of an epoch as far as training goes; a loss that is not finite is an error."
+    epoch, n = self.now["epoch"], len(self.train)
+    line = dict(stage=stage.name, epoch=epoch + 1, lr=stage.lr * lr_factor(stage, epoch / stage.epochs))
+    line |= {f"train_{k}": self._mean(v, n) for k, v in self.now["sums"].items()}
+    if not math.isfinite(line["train_loss"]):
+        raise CxrError(
+            f"{self.run.folder}: the loss of stage {stage.name!r} is {line['train_loss']} in epoch {line['epoch']}; "
+            "the state of the epoch before stands. Lower lr, or set clip."
+        )
+    return line
+
+# %% ../nbs/06_learner.ipynb #f11a0c5e
 @patch
 def _step(self: Learner, stage: Stage, module, opt, ema, batch, n: int) -> None:
     "One batch; the weights move after every `accumulate` batches and at the end of the epoch."
@@ -242,7 +255,7 @@ def _step(self: Learner, stage: Stage, module, opt, ema, batch, n: int) -> None:
             now["sums"][k] = now["sums"].get(k, 0) + v.detach()
     now["step"] += 1
 
-# %% ../nbs/06_learner.ipynb #f11a0c5e
+# %% ../nbs/06_learner.ipynb #e9fc1025
 @patch
 def _close_epoch(self: Learner, stage: Stage, opt, ema, line: dict[str, Any]) -> None:
     "Note the epoch, keep the weights if they are the best so far, save the state, print the line."
@@ -252,7 +265,8 @@ def _close_epoch(self: Learner, stage: Stage, opt, ema, line: dict[str, Any]) ->
     if math.isfinite(rank) and (now["best"] is None or rank > now["best"]):
         now |= dict(best=rank, best_epoch=now["epoch"])
         if self.fabric.is_global_zero and stage.keep == "best":
-            save_weights(ema.module if ema else self.method, self.best_file, dict(stage=stage.name, epoch=line["epoch"]))
+            about = dict(stage=stage.name, epoch=line["epoch"])
+            save_weights(ema.module if ema else self.method, self.best_file, about)
     self.history.append(line)
     now |= dict(epoch=now["epoch"] + 1, step=0, sums={})
     self._save(opt, ema)
@@ -260,7 +274,7 @@ def _close_epoch(self: Learner, stage: Stage, opt, ema, line: dict[str, Any]) ->
     speed = f"{line['seconds']:.1f} s  {line['images_per_second']:.0f} images/s"
     self.fabric.print(f"{stage.name} {line['epoch']}/{stage.epochs}  {shown}  {speed}", flush=True)
 
-
+# %% ../nbs/06_learner.ipynb #d8a69cb3
 @patch
 @torch.no_grad()
 def validate(self: Learner, kept: nn.Module, stage: Stage) -> dict[str, float]:
@@ -309,14 +323,15 @@ def _load(self: Learner) -> dict[str, Any]:
     try:
         state = torch.load(self.state_file, map_location=self.fabric.device, weights_only=True)
     except Exception as e:
-        raise CxrError(f"{self.state_file}: not a state that this book wrote ({e}); remove {self.run.state} to start again") from e
+        way_out = f"remove {self.run.state} to start again"
+        raise CxrError(f"{self.state_file}: not a state that this book wrote ({e}); {way_out}") from e
     self.method.load_state_dict(state.pop("model"))
     self.history = state.pop("history")
     at = f"stage {state['stage'] + 1}, epoch {state.get('epoch', 0) + 1}, step {state.get('step', 0)}"
     self.fabric.print(f"{self.run.folder}: going on at {at}", flush=True)
     return state
 
-
+# %% ../nbs/06_learner.ipynb #bff126e3
 @patch
 def _gather(self: Learner, value: Any) -> list[Any]:
     "The value of every process."

@@ -150,12 +150,11 @@ def grid_of(A: torch.Tensor, size: int) -> torch.Tensor:  # (B, 3, 3)
     "Where each output pixel looks, (B, size, size, 2), in the coordinates of `grid_sample`; A may need gradients."
     t = (torch.arange(size, device=A.device) + 0.5) / size
     u, v, origin = torch.view_as_complex(2 * A[:, :2].transpose(1, 2).contiguous()).T[..., None]  # each (B, 1)
-    across, down = u * t + (origin - (1 + 1j)), v * t  # a point is one complex number, a grid their outer sum:
-    return torch.view_as_real(
-        across[:, None, :] + down[:, :, None]
-    )  # many times as fast as a product of matrices
+    # a point is one complex number, a grid their outer sum: many times as fast as a product of matrices
+    across, down = u * t + (origin - (1 + 1j)), v * t
+    return torch.view_as_real(across[:, None, :] + down[:, :, None])
 
-
+# %% ../nbs/04b_loader.ipynb #ff4ac422
 def warp(
     images: torch.Tensor,  # (B, C, S, S) float
     A: torch.Tensor,  # (B, 3, 3), output to input, both as fractions
@@ -209,14 +208,13 @@ class _Pool:
             return torch.empty(shape, dtype=dtype, device=device)
         kind = torch.empty((), dtype=dtype).numpy().dtype
         for a in self.arrays:
-            if (
-                a.shape == shape and a.dtype == kind and sys.getrefcount(a) == 3
-            ):  # the list, `a` and the call itself
+            free = sys.getrefcount(a) == 3  # the list, `a` and the call itself
+            if free and a.shape == shape and a.dtype == kind:
                 return torch.from_numpy(a)  # holds a reference for as long as any view of it lives
         self.arrays = [*self.arrays[-3:], np.empty(shape, kind)]
         return torch.from_numpy(self.arrays[-1])
 
-
+# %% ../nbs/04b_loader.ipynb #0c9f47aa
 def _to_grey(squares: torch.Tensor, out: torch.Tensor) -> None:  # uint8; float32 of the same shape
     "0..255 to 0..1; on the CPU by one thread, since memory is the limit and threads on a busy machine only wait."
     if out.device.type != "cpu":
@@ -238,7 +236,7 @@ def _on_device(cache: ImageCache, device: torch.device, resident: bool | str) ->
         cache.tensors[str(device)] = [None if t is None else t.to(device) for t in host]
     return cache.tensors[str(device)]
 
-# %% ../nbs/04b_loader.ipynb #ec26302d
+# %% ../nbs/04b_loader.ipynb #577557ae
 class Loader:
     "Batches of cached images on a device; `len(loader)` steps an epoch."
 
@@ -274,23 +272,27 @@ class Loader:
         self.images, self.planes = _on_device(cache, self.device, resident)
         self.pool = _Pool()
 
-    def _check(self, cache: ImageCache) -> None:
-        "Refuse what could only go wrong later."
-        self._check_share()
-        for s in self.structures:
-            if s not in cache.structures:
-                raise CxrError(f"masks = {s!r}: not in the cache; {did_you_mean(s, cache.structures)}")
-
-    def _check_share(self) -> None:
-        "Batches must be shared evenly."
-        uneven = self.shuffle and self.batch_size % self.world
-        if self.batch_size < 1 or not 0 <= self.rank < self.world or uneven:
-            raise CxrError(f"batch_size = {self.batch_size}: must be a positive multiple of the {self.world} processes")
-        if self.shuffle and not self.drop_last and 0 < len(self.rows) % self.batch_size < self.world:
-            raise CxrError("the last batch is too small to be shared: use drop_last=True or another batch_size")
-
     def __len__(self) -> int:
         return self.steps
+
+# %% ../nbs/04b_loader.ipynb #6fcf80a2
+@patch
+def _check(self: Loader, cache: ImageCache) -> None:
+    "Refuse what could only go wrong later."
+    self._check_share()
+    for s in self.structures:
+        if s not in cache.structures:
+            raise CxrError(f"masks = {s!r}: not in the cache; {did_you_mean(s, cache.structures)}")
+
+
+@patch
+def _check_share(self: Loader) -> None:
+    "Batches must be shared evenly."
+    uneven = self.shuffle and self.batch_size % self.world
+    if self.batch_size < 1 or not 0 <= self.rank < self.world or uneven:
+        raise CxrError(f"batch_size = {self.batch_size}: must be a positive multiple of the {self.world} processes")
+    if self.shuffle and not self.drop_last and 0 < len(self.rows) % self.batch_size < self.world:
+        raise CxrError("the last batch is too small to be shared: use drop_last=True or another batch_size")
 
 # %% ../nbs/04b_loader.ipynb #d3e10a2a
 @patch

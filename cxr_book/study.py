@@ -6,8 +6,7 @@
 __all__ = ['StudySettings', 'Study', 'open_study', 'mean_auroc', 'fit', 'predict_parts', 'score', 'score_all']
 
 # %% ../nbs/09_study.ipynb #097b1765
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -56,9 +55,13 @@ class Study:
     run: Run
     fabric: Fabric
 
-    def loader(self, part: str, augmented: bool = False) -> Loader:
-        "Batches of `train`, `valid` or `test`; augmented ones are shuffled and leave out a last batch that is not full."
-        s, rows = self.settings, getattr(self.split, part)
+    def loader(
+        self,
+        part: str | np.ndarray,  # `train`, `valid`, `test`, or rows of the data set
+        augmented: bool = False,
+    ) -> Loader:
+        "Batches of a part; augmented ones are shuffled and leave out a last batch that is not full."
+        s, rows = self.settings, getattr(self.split, part) if isinstance(part, str) else part
         still = Augment(centre_crop=s.augment.centre_crop, out_size=s.augment.out_size)
         size = min(s.batch_size, max(len(rows), 1))
         how = dict(augment=s.augment, shuffle=True, drop_last=True) if augmented else dict(augment=still)
@@ -113,11 +116,19 @@ def predict_parts(
     study: Study,
     method: nn.Module,
     maps_from: Callable | None = None,  # (method, x) -> maps in place of the method's own, e.g. `grad_cam`
+    like: tuple[Predictions, Predictions] | None = None,  # this method's predictions so far: their logits stand
 ) -> tuple[Predictions, Predictions]:
     "Predictions on the test and the validation part, with maps of the images that localization is judged on."
+    device = study.fabric.device
     with study.fabric.autocast():
-        parts = [predict(method, study.loader(p), study.radiographs, study.fabric.device, maps_from) for p in ("test", "valid")]
-    return parts[0], parts[1]
+        if like is None:
+            loaders = study.loader("test"), study.loader("valid")
+            test, valid = (predict(method, part, study.radiographs, device, maps_from) for part in loaders)
+        else:  # only the images with maps are seen again
+            test, valid = (
+                replace(p, maps=predict(method, study.loader(p.map_rows), None, device, maps_from).maps) for p in like
+            )
+    return test, valid
 
 
 def score(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEE', 'GEOMETRY', 'LUNGS', 'ASKED', 'mean_cell', 'auroc_cell', 'Reader', 'TransferSettings', 'lung_box',
-           'crop_to_lungs', 'Bench', 'logits_of', 'images_of', 'dark_pieces', 'run_segmentation', 'ill_or_none',
-           'within', 'asked_rows', 'drawn_reader', 'run_classification', 'run_pretraining']
+           'crop_to_lungs', 'Sources', 'Bench', 'logits_of', 'images_of', 'dark_pieces', 'run_segmentation',
+           'ill_or_none', 'within', 'asked_rows', 'run_classification', 'run_pretraining']
 
 # %% ../nbs/09a_transfer.ipynb #62cb0ce5
 from dataclasses import dataclass, replace
@@ -16,6 +16,7 @@ from typing import Any, Callable, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ import cv2
 
 from .core import FINDINGS, Run, Settings, derive, digest, home
 from .data import Radiographs, read
+from .drawing import enclosing_box
 from .evaluation import auroc, patient_weights, predict, summarise
 from .images import ImageCache, build_cache
 from .layers import Body, Classifier, Output, bce
@@ -43,9 +45,7 @@ def mean_cell(values: np.ndarray, patients: np.ndarray, n_boot: int, seed: int =
     return summarise({"v": values}, np.zeros(len(values), int), patients, n_boot, seed)["v"]["Micro"]
 
 
-def auroc_cell(
-    y: np.ndarray, scores: np.ndarray, patients: np.ndarray, n_boot: int, seed: int = 0
-) -> dict[str, float]:
+def auroc_cell(y: np.ndarray, scores: np.ndarray, patients: np.ndarray, n_boot: int, seed: int = 0) -> dict[str, float]:
     "AUROC of (n,) scores for (n,) labels, its interval over patients, and the number of positives."
     position, counts = patient_weights(patients, n_boot, seed)
     weights = np.concatenate([np.ones((1, len(y))), counts[:, position]])
@@ -134,27 +134,29 @@ class TransferSettings(Settings):
     precision: str = "auto"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": dict(
-            n_drawn=80, drawn_size=64, segmentation=SegmentationSettings.from_preset("smoke", structures=STRUCTURES, epochs=1), read_size=64, image_size=64,
-            batch_size=8, epochs=1, real_epochs=1, seeds=1, cue_images=30, cue_epochs=1, n_boot=50,
+            segmentation=SegmentationSettings.from_preset("smoke", structures=STRUCTURES, epochs=1),
+            n_drawn=80, drawn_size=64, read_size=64, image_size=64, batch_size=8, epochs=1, real_epochs=1, seeds=1,
+            cue_images=30, cue_epochs=1, n_boot=50,
         ),
         "paper": dict(
-            n_drawn=20_000, drawn_size=512, segmentation=SegmentationSettings.from_preset("paper", structures=STRUCTURES), read_size=512, image_size=224,
-            body="densenet121", epochs=20, lr=1e-3, real_epochs=20, cue_images=1300, cue_epochs=6,
+            segmentation=SegmentationSettings.from_preset("paper", structures=STRUCTURES),
+            n_drawn=20_000, drawn_size=512, read_size=512, image_size=224, body="densenet121", epochs=20, lr=1e-3,
+            real_epochs=20, cue_images=1300, cue_epochs=6,
         ),
     }  # fmt: skip
 
 # %% ../nbs/09a_transfer.ipynb #234cb223
 def lung_box(
-    masks: np.ndarray, margin: float = 0.06
-) -> tuple[float, float, float, float]:  # (M, H, W) bool, lungs first
+    masks: np.ndarray,  # (M, H, W) bool, lungs first
+    margin: float = 0.06,  # in widths and heights of the lungs
+) -> tuple[float, float, float, float]:
     "x0, y0, x1, y1 around both lungs, in fractions, with a margin; the whole image where there are not two."
     left, right = (largest_piece(m) for m in masks[:2])
     if not (left.any() and right.any()):
         return 0.0, 0.0, 1.0, 1.0
-    rows, columns = np.flatnonzero((left | right).any(1)), np.flatnonzero((left | right).any(0))
-    (y0, y1), (x0, x1) = ((a[0] / n, (a[-1] + 1) / n) for a, n in zip((rows, columns), left.shape))
+    x0, y0, x1, y1 = enclosing_box(left | right).tolist()
     dx, dy = margin * (x1 - x0), margin * (y1 - y0)
-    return float(x0 - dx), float(y0 - dy), float(x1 + dx), float(y1 + dy)
+    return x0 - dx, y0 - dy, x1 + dx, y1 + dy
 
 
 def crop_to_lungs(cache: ImageCache, radiographs: Radiographs, method: Segmenter, fabric: Any) -> None:
@@ -173,8 +175,8 @@ GEOMETRY = Augment(crop_scale=(0.65, 1), crop_aspect=(0.8, 1.25), rotate=10.0, s
 
 # %% ../nbs/09a_transfer.ipynb #72fdfe39
 @dataclass
-class Bench:
-    "The data of the experiments, opened when they are first asked for."
+class Sources:
+    "The data of the experiments."
 
     settings: TransferSettings
     chestxray14: Path  # images with labels
@@ -183,9 +185,8 @@ class Bench:
     @cached_property
     def drawn(self) -> Radiographs:
         s = self.settings
-        return read(
-            draw_dataset(PhantomSettings(n_images=s.n_drawn, size=s.drawn_size, seed=s.drawn_seed, test_share=0.15))
-        )
+        wanted = PhantomSettings(n_images=s.n_drawn, size=s.drawn_size, seed=s.drawn_seed, test_share=0.15)
+        return read(draw_dataset(wanted))
 
     @cached_property
     def real(self) -> Radiographs:
@@ -196,6 +197,10 @@ class Bench:
         follow_up = r"^(.+?)(?:-day-?\d+|-\d+-hours|-\d+-days|-admission)?(?:-PA)?$"
         r = read(self.chest_masks)
         return r if r.lists else read(self.chest_masks, follow_up)
+
+# %% ../nbs/09a_transfer.ipynb #a48cb029
+class Bench(Sources):
+    "The data, and the networks and studies that several experiments need."
 
     @cached_property
     def folder(self) -> Path:
@@ -212,19 +217,39 @@ class Bench:
         s = self.settings.segmentation
         return fit_segmenter(self.drawn, s, self.folder / f"segmenter-{s.digest}", self.fabric)
 
-    def study(self, name: str, radiographs: Radiographs, split: Split, lungs: bool = True) -> Study:
-        "Data and split with a cache, of whole images or of the lungs in them, and a run folder named after the settings."
+    @cached_property
+    def drawn_study(self) -> Study:
+        "The lungs of the drawings."
+        return self.study("reader", self.drawn, official_split(self.drawn, valid=0.1))
+
+    @cached_property
+    def drawn_reader(self) -> Reader:
+        "A classifier of all findings, trained on drawings alone."
         s = self.settings
-        augment = GEOMETRY.but(out_size=s.image_size)
-        settings = StudySettings(
-            image_size=s.read_size, batch_size=s.batch_size, augment=augment, n_boot=s.n_boot, preset=s.preset
-        )
-        what = digest([name, lungs and s.segmentation.digest, settings.digest, radiographs.fingerprint])
-        run = Run(self.folder / f"{name}-{what}", settings, radiographs.fingerprint)
-        cache = build_cache(radiographs, s.read_size)
-        if lungs:
-            crop_to_lungs(cache, radiographs, self.segmenter[0], self.fabric)
-        return Study(settings, radiographs, split, cache, run, self.fabric)
+        stage = Stage(epochs=s.epochs, lr=s.lr, schedule="onecycle", clip=1.0, monitor="auroc")
+        name = f"{s.body}-{digest([stage.digest, s.looks.digest])}"
+        return fit(self.drawn_study, name, lambda: Reader(stage, s.body, s.looks))[0]
+
+    @cached_property
+    def real_study(self) -> Study:
+        "The lungs of the real images that are there."
+        present, split = np.flatnonzero(self.real.present), official_split(self.real, valid=0.1)
+        here = {side: np.intersect1d(getattr(split, side), present) for side in ("train", "valid", "test")}
+        return self.study("real", self.real, Split(**here, patients=split.patients, name=split.name))
+
+# %% ../nbs/09a_transfer.ipynb #d3860218
+@patch
+def study(self: Bench, name: str, radiographs: Radiographs, split: Split, lungs: bool = True) -> Study:
+    "Data and split with a cache, of whole images or of the lungs in them, and a run folder named after the settings."
+    s = self.settings
+    how = dict(image_size=s.read_size, augment=GEOMETRY.but(out_size=s.image_size))
+    settings = StudySettings(**how, batch_size=s.batch_size, n_boot=s.n_boot, preset=s.preset)
+    what = digest([name, lungs and s.segmentation.digest, settings.digest, radiographs.fingerprint])
+    run = Run(self.folder / f"{name}-{what}", settings, radiographs.fingerprint)
+    cache = build_cache(radiographs, s.read_size)
+    if lungs:
+        crop_to_lungs(cache, radiographs, self.segmenter[0], self.fabric)
+    return Study(settings, radiographs, split, cache, run, self.fabric)
 
 # %% ../nbs/09a_transfer.ipynb #36636ac5
 def logits_of(study: Study, method: nn.Module, rows: np.ndarray) -> np.ndarray:
@@ -274,9 +299,8 @@ def run_segmentation(bench: Bench) -> dict[str, Any]:
     (found, truth), names = segment(method, drawn, bench.fabric), (*LUNGS, middle)
     who = lambda r, loader: r.table["patient"].to_numpy()[loader.rows.numpy()]  # noqa: E731
     n_boot = bench.settings.n_boot
-    out = {
-        "drawn": _dice_cells(named(found, s.structures), named(truth, s.structures), who(bench.drawn, drawn), n_boot)
-    }
+    sides = (named(m, s.structures) for m in (found, truth))
+    out = {"drawn": _dice_cells(*sides, who(bench.drawn, drawn), n_boot)}
     mean_mask = named(truth.mean(0, keepdims=True) > 0.5, s.structures)
     found, truth = segment(method, real, bench.fabric)
     found, truth = named(found, s.structures), named(truth, names)
@@ -285,12 +309,11 @@ def run_segmentation(bench: Bench) -> dict[str, Any]:
     answers = {"real": found, "control: mean mask of the drawings": always,
                "control: dark pieces": dict(zip(LUNGS, np.array(dark).swapaxes(0, 1)))}  # fmt: skip
     out |= {k: _dice_cells(answer, truth, who(data, real), n_boot) for k, answer in answers.items()}
-    ratios = np.array(
-        [[cardiothoracic_ratio(*masks) for masks in zip(*(m[k] for k in names))] for m in (found, truth)]
-    )
-    error = mean_cell(np.abs(ratios[0] - ratios[1]), who(data, real), n_boot)
-    return dict(dice=out, ratio_error=error, images=len(real.rows), chosen_on="drawn validation patients",
-                epochs=[{k: h[k] for k in ("epoch", "train_loss", "valid_loss", "valid_dice")} for h in history])  # fmt: skip
+    ratios = [[cardiothoracic_ratio(*masks) for masks in zip(*(m[k] for k in names))] for m in (found, truth)]
+    error = mean_cell(np.abs(np.subtract(*ratios)), who(data, real), n_boot)
+    epochs = [{k: h[k] for k in ("epoch", "train_loss", "valid_loss", "valid_dice")} for h in history]
+    about = dict(images=len(real.rows), chosen_on="drawn validation patients", epochs=epochs)
+    return dict(dice=out, ratio_error=error, **about)
 
 # %% ../nbs/09a_transfer.ipynb #464f68f0
 ASKED = [FINDINGS.index(f) for f in ("Pneumonia", "Infiltration")]
@@ -318,31 +341,14 @@ def asked_rows(radiographs: Radiographs, rows: np.ndarray) -> tuple[np.ndarray, 
     return rows[ill | ~y.any(1)], ill[ill | ~y.any(1)]
 
 # %% ../nbs/09a_transfer.ipynb #45d22f74
-def drawn_reader(bench: Bench) -> tuple[Study, Reader]:
-    "A classifier of all findings, trained on drawings alone."
-    s = bench.settings
-    study = bench.study("reader", bench.drawn, official_split(bench.drawn, valid=0.1))
-    stage = Stage(epochs=s.epochs, lr=s.lr, schedule="onecycle", clip=1.0, monitor="auroc")
-    name = f"{s.body}-{digest([stage.digest, s.looks.digest])}"
-    return study, fit(study, name, lambda: Reader(stage, s.body, s.looks))[0]
-
-
-def _real_study(bench: Bench) -> Study:
-    present = np.flatnonzero(bench.real.present)
-    split = official_split(bench.real, valid=0.1)
-    here = {side: np.intersect1d(getattr(split, side), present) for side in ("train", "valid", "test")}
-    return bench.study("real", bench.real, Split(**here, patients=split.patients, name=split.name))
-
-# %% ../nbs/09a_transfer.ipynb #9e7615b5
 def run_classification(bench: Bench) -> dict[str, Any]:
     "AUROC of a reader of drawings on real images of the train_val part, by view, beside the controls."
-    s, (study, method), real = bench.settings, drawn_reader(bench), _real_study(bench)
+    s, study, method, real = bench.settings, bench.drawn_study, bench.drawn_reader, bench.real_study
     rows, ill = asked_rows(bench.real, np.sort(np.concatenate([real.split.train, real.split.valid])))
     test, drawn_ill = asked_rows(bench.drawn, study.split.test)
     view, who = (bench.real.table[c].to_numpy()[rows] for c in ("view", "patient"))
-    drawn_grey, grey = (
-        images_of(st.radiographs, r, s.image_size).mean((1, 2)) for st, r in ((study, test), (real, rows))
-    )
+    both = (study, test), (real, rows)
+    drawn_grey, grey = (images_of(st.radiographs, r, s.image_size).mean((1, 2)) for st, r in both)
     sign = 1.0 if auroc(drawn_ill[:, None], drawn_grey[:, None])[0] >= 0.5 else -1.0
     best = 1.0 if auroc(ill[:, None], grey[:, None])[0] >= 0.5 else -1.0
     score = ill_or_none(logits_of(real, method, rows))
@@ -357,12 +363,10 @@ def run_classification(bench: Bench) -> dict[str, Any]:
     parts = {"all": np.ones(len(rows), bool)} | {v: view == v for v in ("PA", "AP")}
     cells = {name: {part: auroc_cell(ill[at], a[at], who[at], s.n_boot) for part, at in parts.items()}
              for name, a in answers.items()}  # fmt: skip
-    areas = [
-        {part: float(auroc(ill[at][:, None], a[at][:, None])[0]) for part, at in parts.items()} for a in untrained
-    ]
-    drawn = auroc_cell(
-        drawn_ill, ill_or_none(logits_of(study, method, test)), bench.drawn.table["patient"].to_numpy()[test], s.n_boot
-    )
+    area = lambda a, at: float(auroc(ill[at][:, None], a[at][:, None])[0])  # noqa: E731
+    areas = [{part: area(a, at) for part, at in parts.items()} for a in untrained]
+    drawn_score, drawn_who = ill_or_none(logits_of(study, method, test)), bench.drawn.table["patient"].to_numpy()[test]
+    drawn = auroc_cell(drawn_ill, drawn_score, drawn_who, s.n_boot)
     return dict(auroc=cells, untrained=areas, drawn=drawn, images={k: int(at.sum()) for k, at in parts.items()},
                 chosen_on="drawn patients; but the crop to the lungs, the score and its taking relative to the view "
                 "came after trials without them on these real images")  # fmt: skip
@@ -372,20 +376,20 @@ def _paired(y: np.ndarray, logits: dict[str, list[np.ndarray]], patients: np.nda
     "Mean AUROC over classes and seeds of each arm, and the difference of the two arms on the same resamples."
     position, counts = patient_weights(patients, n_boot)
     weights = np.concatenate([np.ones((1, len(y))), counts[:, position]])
-    arms = {
-        k: np.array([np.nanmean(auroc(y, z, weights), 1) for z in seeds]) for k, seeds in logits.items()
-    }  # (seeds, B)
+    arms = {k: np.array([np.nanmean(auroc(y, z, weights), 1) for z in seeds])  # each (seeds, 1 + B)
+            for k, seeds in logits.items()}  # fmt: skip
     first, second = arms.values()
     draws = {k: a.mean(0) for k, a in arms.items()} | {"difference": (second - first).mean(0)}
-    cell = lambda d: dict(value=d[0], low=np.percentile(d[1:], 2.5), high=np.percentile(d[1:], 97.5), n=len(y))  # noqa: E731
-    return {k: cell(d) for k, d in draws.items()} | {"seeds": {k: a[:, 0].tolist() for k, a in arms.items()}}
+    ranges = {k: np.percentile(d[1:], (2.5, 97.5)) for k, d in draws.items()}
+    cells = {k: dict(value=d[0], low=ranges[k][0], high=ranges[k][1], n=len(y)) for k, d in draws.items()}
+    return cells | {"seeds": {k: a[:, 0].tolist() for k, a in arms.items()}}
 
 
 def run_pretraining(bench: Bench) -> dict[str, Any]:
     "Mean AUROC on the real test images, trained on real images from scratch and after drawings."
-    s, (_, before), study = bench.settings, drawn_reader(bench), _real_study(bench)
+    s, study = bench.settings, bench.real_study
     stage = Stage(epochs=s.real_epochs, lr=s.real_lr, schedule="onecycle", clip=1.0, monitor="auroc")
-    start = {k: v.cpu().clone() for k, v in before.state_dict().items()}
+    start = {k: v.cpu().clone() for k, v in bench.drawn_reader.state_dict().items()}
 
     def build(known: bool) -> Reader:
         method = Reader(stage, s.body)
@@ -397,7 +401,8 @@ def run_pretraining(bench: Bench) -> dict[str, Any]:
     for seed in range(s.seeds):
         here = replace(study, settings=study.settings.but(seed=seed))
         for arm, known in zip(logits, (False, True)):
-            name = f"{'known' if known else 'new'}-{seed}-{digest([stage.digest, s.body, s.epochs, s.lr, s.looks.digest])}"
+            how = digest([stage.digest, s.body, s.epochs, s.lr, s.looks.digest])
+            name = f"{'known' if known else 'new'}-{seed}-{how}"
             logits[arm].append(logits_of(here, fit(here, name, lambda: build(known))[0], study.split.test))
     y, who = bench.real.labels[study.split.test], bench.real.table["patient"].to_numpy()[study.split.test]
     return dict(auroc=_paired(y, logits, who, s.n_boot), images=dict(train=len(study.split.train), test=len(y)),

@@ -146,18 +146,30 @@ def show_panels(
     panels: Sequence[Panel],
 ):
     "Rows of `show_panel`; return the figure."
+    if not len(panels):
+        return _nothing()
     fig, axes = plt.subplots(len(panels), 3, figsize=(6.0, 2.0 * len(panels)), squeeze=False)
     for panel, row in zip(panels, axes):
         show_panel(*panel, axes=row)
     return _fit(fig)
 
-# %% ../nbs/08_viz.ipynb #e056c488
+
+def _nothing():
+    "A figure that says that there is no case to show."
+    fig, ax = plt.subplots(figsize=(3.0, 0.5))
+    ax.set_axis_off()
+    ax.text(0.5, 0.5, "no case to show", ha="center", va="center", color="0.5")
+    return fig
+
+# %% ../nbs/08_viz.ipynb #78b15420
 def show_gallery(
     panels: Sequence[Panel],
     columns: int = 4,
     title: str = "",
 ):
     "Many cases, one picture each with heat map and boxes; return the figure."
+    if not len(panels):
+        return _nothing()
     rows = math.ceil(len(panels) / columns)
     fig, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.1 * rows), squeeze=False)
     for ax in axes.flat:
@@ -288,9 +300,10 @@ def show_bars(
         ends = np.abs(frame[["low", "high"]].to_numpy(float).T - frame.value.to_numpy(float))
         ax.errorbar(x, frame.value, ends, fmt="none", ecolor="0.15", elinewidth=0.8)
     labels = [r.replace("_", "\n") for r in rows]
-    ax.set_xticks(range(len(rows)), labels, fontsize=7, rotation=30 if len(rows) > 6 else 0)
+    slanted = dict(rotation=30, ha="right", rotation_mode="anchor") if len(rows) > 6 else {}
+    ax.set_xticks(range(len(rows)), labels, fontsize=7, **slanted)
     ax.set(ylabel=metric)
-    ax.legend(ncols=len(frames), loc="lower left", bbox_to_anchor=(0, 1))
+    fig.legend(ncols=min(len(frames), int(fig.get_figwidth() / 1.5)), loc="outside upper left")
     return fig
 
 

@@ -132,3 +132,12 @@ def test_early_stopping(drawn, tmp_path):
     learner._close_epoch = lambda *a: (seen.append(learner.method.classifier.conv.weight.clone()), close(*a))
     assert len(learner.fit()) == 3
     assert torch.equal(learner.method.classifier.conv.weight, seen[0]) and not torch.equal(seen[0], seen[2])
+
+
+def test_a_part_smaller_than_a_batch_is_refused(drawn, tmp_path):
+    radiographs = read(drawn)
+    cached = build_cache(radiographs, size=64, folder=tmp_path / "cache")
+    train, valid = (Loader(cached, radiographs, range(3), 8, drop_last=drop) for drop in (True, False))
+    learner = Learner(Toy(), train, valid, Run(tmp_path / "run", Settings()), [Stage(epochs=1)], fabric=make_fabric("cpu"))
+    with pytest.raises(CxrError, match="batch_size = 8: the training part has 3 images"):
+        learner.fit()
