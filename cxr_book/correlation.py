@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EPSILON', 'FORMS', 'pixel_keys', 'correlate_plain', 'block_shape', 'symmetric_product', 'affinity_block',
-           'gradient_block', 'AffinityProduct', 'correlate', 'normalise_cam', 'PixelCorrelation', 'correlation_costs',
-           'growth', 'show_costs']
+           'gradient_block', 'AffinityProduct', 'correlate', 'max_normalise', 'winner_only', 'PixelCorrelation',
+           'correlation_costs', 'growth', 'show_costs']
 
 # %% ../nbs/05b_correlation.ipynb #0555a384
 from functools import partial
@@ -139,14 +139,19 @@ def correlate(
     return refined.mT.reshape(maps.shape)
 
 # %% ../nbs/05b_correlation.ipynb #7b57e171
-def normalise_cam(
+def max_normalise(
     maps: Tensor,  # class maps (B, K, h, w), any sign and scale
-    suppress: bool = True,  # at each pixel, set all classes but the largest to 0
 ) -> Tensor:  # (B, K, h, w), 0 to 1
-    "Positive part of each class map over its maximum; of a pixel's classes only the winner stays (paper 001, 4.1)."
+    "The positive part of each class map over its maximum (SEAM)."
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32)).relu()
-    maps = maps / (maps.amax((2, 3), keepdim=True) + EPSILON)
-    return maps.where(maps == maps.amax(1, keepdim=True), 0) if suppress else maps
+    return maps / (maps.amax((2, 3), keepdim=True) + EPSILON)
+
+
+def winner_only(
+    maps: Tensor,  # (B, K, h, w), not negative
+) -> Tensor:  # (B, K, h, w)
+    "Of a pixel's classes only the largest stays, the others become 0 (paper 001, 4.1)."
+    return maps.where(maps == maps.amax(1, keepdim=True), 0)
 
 # %% ../nbs/05b_correlation.ipynb #73e8a1da
 class PixelCorrelation(nn.Module):
@@ -157,7 +162,7 @@ class PixelCorrelation(nn.Module):
         channels: int,  # C of the features
         embedding: int | None = None,  # channels of theta(x); None: half of C
         lean: bool = True,  # False: hold the affinities of all pairs of pixels
-        suppress: bool = True,  # see `normalise_cam`
+        suppress: bool = True,  # at each pixel only the winning class enters, see `winner_only`
     ):
         super().__init__()
         self.theta = nn.Conv2d(channels, embedding or max(1, channels // 2), 1, bias=False)
@@ -168,7 +173,8 @@ class PixelCorrelation(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             embedding = self.theta(features.detach().to(self.theta.weight.dtype))
             form = correlate if self.lean else correlate_plain
-            return form(embedding, normalise_cam(maps.detach(), self.suppress))
+            maps = max_normalise(maps.detach())
+            return form(embedding, winner_only(maps) if self.suppress else maps)
 
 # %% ../nbs/05b_correlation.ipynb #672e8647
 FORMS = {"plain": correlate_plain, "lean": correlate}

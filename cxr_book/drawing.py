@@ -8,7 +8,6 @@ __all__ = ['STRUCTURES', 'SEEN', 'Drawing', 'crop_of', 'enclosing_box', 'Calm', 
 # %% ../nbs/01h_drawing.ipynb #ec97f659
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
 from .anatomy import Anatomy, absorption, stand

@@ -157,8 +157,9 @@ def compare(
     ours, papers = self.column(method, metric, mode), [paper] if isinstance(paper, pd.Series) else paper.values()
     notes = {"ours": self.note + ("" if len(ours) else f" {NO_BOXES}")}
     sizes = {len(p.drop("Mean")) for p in papers if "Mean" in p and len(p) > 1}
-    if "Mean" in ours.index and (other := sizes - {len(ours) - 1}):
-        notes["Mean"] = f"Over {' and '.join(map(str, sorted(other)))} findings in the paper, over {len(ours) - 1} here."
+    n = len(ours) - 1  # without the mean
+    if "Mean" in ours.index and (other := sizes - {n}):
+        notes["Mean"] = f"Over {' and '.join(map(str, sorted(other)))} findings in the paper, over {n} here."
     return comparison_table(paper, ours, None if self.drawn else _best_end(metric), against=against, notes=notes)
 
 # %% ../nbs/09c_results.ipynb #b80ff564
@@ -292,7 +293,6 @@ def truth_panels(
     "The first true box of each finding on the test part, in the order of the findings."
     pairs = pairs_of(study.radiographs, study.split.test)
     _, some = np.unique(pairs.finding, return_index=True)
-    at = study.cache.position(pairs.row[some[:n]])
-    return [
-        Panel(study.cache.images[a], None, pairs.boxes[i], None, caption(int(pairs.finding[i]))) for a, i in zip(at, some)
-    ]
+    images = study.cache.images[study.cache.position(pairs.row[some[:n]])]
+    titles = [caption(int(k)) for k in pairs.finding[some]]
+    return [Panel(x, None, pairs.boxes[i], None, title) for x, i, title in zip(images, some, titles)]

@@ -82,7 +82,8 @@ def open_study(
         split = paper001_split(radiographs, settings.normals, **how)
     for part in ("train", "valid", "test"):
         if not len(getattr(split, part)):
-            raise CxrError(f"{root}: no image of the {part} part is there; add images, or change valid = {settings.valid}")
+            way = f"add images, or change valid = {settings.valid}"
+            raise CxrError(f"{root}: no image of the {part} part is there; {way}")
     print(f"{radiographs.name}: {split}")
     cache = build_cache(radiographs, settings.image_size)
     name = f"{chapter}-{settings.preset}-{radiographs.name.lower().replace(' ', '-')}-{settings.digest}"

@@ -11,7 +11,8 @@ from cxr_book.correlation import (
     block_shape,
     correlate,
     correlate_plain,
-    normalise_cam,
+    max_normalise,
+    winner_only,
 )
 from cxr_book.measure import in_turns, peak_memory
 
@@ -58,7 +59,7 @@ def test_gradients_by_differences(budget):
     assert torch.autograd.gradcheck(lambda e, m: correlate(e, m, budget), (embedding, maps))
     cam = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
     for suppress in (True, False):
-        assert torch.autograd.gradcheck(lambda m: normalise_cam(m, suppress), (cam,))
+        assert torch.autograd.gradcheck(lambda m: (winner_only if suppress else torch.clone)(max_normalise(m)), (cam,))
 
 
 def test_only_the_asked_gradient_is_computed(monkeypatch):
@@ -91,7 +92,7 @@ def test_zeros_stay_finite(form, nothing):
     embedding, maps = ((t.detach() * z).requires_grad_() for t, z in zip((embedding, maps), zero))
     y, *gradients = result(form, embedding, maps, toward)
     assert all(t.isfinite().all() for t in (y, *gradients)) and not y.any()
-    assert not normalise_cam(torch.zeros(1, 2, 3, 3)).any()
+    assert not winner_only(max_normalise(torch.zeros(1, 2, 3, 3))).any()
 
 
 @pytest.mark.parametrize("form", [correlate_plain, correlate])
@@ -134,7 +135,7 @@ def test_any_memory_layout_is_read_right():
 
 def test_normalised_maps_pixel_by_pixel():
     cam = torch.randn(3, 5, 7, 6)
-    share, winners = normalise_cam(cam, suppress=False), normalise_cam(cam)
+    share, winners = max_normalise(cam), winner_only(max_normalise(cam))
     for b, k, y, x in np.ndindex(3, 5, 7, 6):
         asked = max(cam[b, k, y, x].item(), 0) / (max(cam[b, k].max().item(), 0) + 1e-5)
         assert abs(share[b, k, y, x].item() - asked) < 1e-6

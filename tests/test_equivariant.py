@@ -86,11 +86,17 @@ def test_the_module_changes_no_logit():
     assert net.pcm is None  # the copy took the module, not the original
 
 
+class Pointwise(torch.nn.Sequential):
+    "A body that is equivariant to rotations: it looks at single pixels."
+
+    def forward(self, x):
+        return [super().forward(x)]
+
+
 def pointwise(channels=128):
-    "A backbone that is equivariant to rotations: it looks at single pixels."
     torch.manual_seed(0)
     net = eq.EquivariantNet(SMALL, BACKBONE, 0).eval()
-    net.features = torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Conv2d(1, channels, 1), torch.nn.ReLU())
+    net.body = Pointwise(torch.nn.AvgPool2d(4), torch.nn.Conv2d(1, channels, 1), torch.nn.ReLU())
     return net
 
 
