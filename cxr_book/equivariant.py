@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Backbone', 'EquivariantSettings', 'MergeBlock', 'EquivariantNet', 'Branch', 'hardest_mean', 'ecr_loss', 'rotations',
-           'Siamese', 'siamese', 'methods', 'train_equivariant', 'fit_refined', 'train_ablations']
+           'Siamese', 'siamese', 'methods', 'pretrained', 'train_equivariant', 'fit_refined', 'train_ablations']
 
 # %% ../nbs/11_equivariant.ipynb #25f3ff97
 import copy
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .core import FINDINGS, Settings
 from .correlation import PixelCorrelation, max_normalise, winner_only
-from .layers import BatchBCELoss, Body, Classifier, LSEPool, Output
+from .layers import AvgPool, BatchBCELoss, Body, Classifier, LSEPool, Output, save_weights
 from .learner import Stage
 from .loader import PAPER_001, Augment, turn, warp
 from .study import Study, StudySettings, fit
@@ -37,7 +37,9 @@ class EquivariantSettings(StudySettings):
     "Settings of this chapter; the defaults are the paper's (sections 4 and 5)."
 
     backbones: tuple[Backbone, ...] = (Backbone(), Backbone(body="efficientnet_b4", seam_lr=1e-5, seam_epochs=1))
-    weights: str | None = "imagenet"  # None: from scratch
+    weights: str | None = "imagenet"  # None: from scratch, or from a body that is trained here
+    pretrain_epochs: int = Field(0, ge=0)  # of a plain classifier, whose body all models start from
+    pretrain_lr: float = Field(4e-3, gt=0)
     frozen_blocks: int = Field(2, ge=0, le=3)  # the stem and so many blocks keep their weights; 0: all learn
     levels: int = Field(2, ge=1, le=3)  # merges of the multi-resolution models: each doubles the side of the maps
     reduction: int = Field(4, ge=1)  # of the channels inside a merge
@@ -60,12 +62,13 @@ class EquivariantSettings(StudySettings):
     augment: Augment = Augment(**PAPER_001)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": dict(
-            image_size=64, batch_size=8, epochs=1, accumulate=1, weights=None, frozen_blocks=0, n_boot=50,
-            backbones=(Backbone(body="small-resnet", seam_lr=1e-3, seam_epochs=1),),
+            image_size=64, batch_size=8, epochs=1, pretrain_epochs=1, frozen_blocks=1, accumulate=1, weights=None, levels=1,
+            n_boot=50, backbones=(Backbone(body="small-resnet", seam_lr=1e-3, seam_epochs=1),),
         ),
         "quick": dict(
-            image_size=128, epochs=16, lr=4e-3, schedule="onecycle", accumulate=1, weights=None, frozen_blocks=0,
-            augment=dict(flip=0.5, shift=0.05), backbones=(Backbone(body="small-resnet", seam_lr=1e-3, seam_epochs=3),),
+            image_size=128, batch_size=16, accumulate=1, epochs=8, lr=4e-3, schedule="onecycle", weights=None,
+            pretrain_epochs=12, frozen_blocks=1, levels=1, augment=dict(flip=0.5, shift=0.05),
+            backbones=(Backbone(body="small-resnet", seam_lr=1e-3, seam_epochs=3),),
         ),
     }  # fmt: skip
 
@@ -108,6 +111,7 @@ class EquivariantNet(nn.Module):
         levels: int | None = None,  # merges; None: as the settings say, 0: the standard model
         refine: bool = True,  # with a pixel correlation module
         n_classes: int = len(FINDINGS),
+        pool: nn.Module | None = None,  # None: log-sum-exp
     ):
         super().__init__()
         s = self.settings = settings
@@ -117,7 +121,7 @@ class EquivariantNet(nn.Module):
         self.merges = nn.ModuleList(
             MergeBlock(a, b, s.reduction, s.merge_norm, s.merge_bias) for a, b in zip(channels[:levels], channels[1:])
         )
-        self.classifier = Classifier(channels[len(self.merges)], n_classes, LSEPool(s.gamma))
+        self.classifier = Classifier(channels[len(self.merges)], n_classes, pool or LSEPool(s.gamma))
         self.pcm = PixelCorrelation(channels[len(self.merges)], suppress=s.suppress) if refine else None
         self.criterion = BatchBCELoss()
 
@@ -258,11 +262,22 @@ def methods(settings: EquivariantSettings) -> dict[str, Callable[[], nn.Module]]
         found[f"multires-{b.body}-pcm"] = lambda b=b: EquivariantNet(settings, b)
     return found
 
+# %% ../nbs/11_equivariant.ipynb #940ff9b6
+def pretrained(study: Study, backbone: Backbone) -> EquivariantSettings:
+    "The study's settings, with the weights of a body trained as a plain classifier, where they ask for one."
+    s, name = study.settings, f"pretrained-{backbone.body}"
+    if not s.pretrain_epochs:
+        return s
+    stage = Stage(name="pretrain", epochs=s.pretrain_epochs, lr=s.pretrain_lr, schedule=s.schedule, monitor="auroc")
+    net, _ = fit(study, name, lambda: EquivariantNet(s, backbone, 0, refine=False, pool=AvgPool()), [stage])
+    return s.but(weights=str(save_weights(net.body, study.run.folder / name / "body.safetensors")))
+
 
 def train_equivariant(study: Study) -> dict[str, tuple[nn.Module, list[dict[str, Any]]]]:
     "Train all models into the study's run folder: name -> (method, history of all its stages)."
-    trained, build = {}, methods(study.settings)
+    trained = {}
     for b in study.settings.backbones:
+        build = methods(pretrained(study, b))
         for name in (b.body, f"multires-{b.body}"):
             trained[name] = fit(study, name, build[name])
         net, history = trained[name]
@@ -286,7 +301,8 @@ def train_ablations(
     net: EquivariantNet,  # the trained multi-resolution model of the first backbone
 ) -> dict[str, nn.Module]:
     "Variants of the first backbone by name: other numbers of merges, and three other modules behind `net`."
-    s, b = study.settings, study.settings.backbones[0]
+    b = study.settings.backbones[0]
+    s = pretrained(study, b)
     most = len(net.body.channels) - 1
     found = {}
     for n in [n for n in range(1, most + 1) if n != s.levels]:
