@@ -62,13 +62,13 @@ class EquivariantSettings(StudySettings):
     augment: Augment = Augment(**PAPER_001)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": dict(
-            image_size=64, batch_size=8, epochs=1, pretrain_epochs=1, frozen_blocks=1, accumulate=1, weights=None, levels=1,
-            n_boot=50, backbones=(Backbone(body="small-resnet", seam_lr=1e-3, seam_epochs=1),),
+            image_size=64, batch_size=8, epochs=1, pretrain_epochs=1, accumulate=1, weights=None, n_boot=50,
+            backbones=(Backbone(body="small-resnet4", seam_lr=1e-3, seam_epochs=1),),
         ),
         "quick": dict(
-            image_size=128, batch_size=16, accumulate=1, epochs=8, lr=4e-3, schedule="onecycle", weights=None,
-            pretrain_epochs=12, frozen_blocks=1, levels=1, augment=dict(flip=0.5, shift=0.05),
-            backbones=(Backbone(body="small-resnet", seam_lr=1e-3, seam_epochs=3),),
+            image_size=128, batch_size=16, accumulate=1, epochs=12, lr=4e-3, schedule="onecycle", weights=None,
+            pretrain_epochs=12, frozen_blocks=1, augment=dict(flip=0.5, shift=0.05),
+            backbones=(Backbone(body="small-resnet4", seam_lr=1e-3, seam_epochs=3),),
         ),
     }  # fmt: skip
 

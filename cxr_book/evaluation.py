@@ -20,7 +20,7 @@ from torch import nn
 from .core import FINDINGS, CxrError, derive
 from .loader import move_boxes
 from .localization import T_IOR, T_IOU, BoxRule, Detections, box_patches, cover, detect, energy, otsu, peak
-from .localization import region_overlaps, score, to_heat, to_image_frame
+from .localization import overlaps, region_overlaps, score, to_heat, to_image_frame
 
 # %% ../nbs/07b_evaluation.ipynb #f90b40c7
 @dataclass(frozen=True, eq=False)
@@ -274,7 +274,7 @@ def iou_by_threshold(predictions: Predictions, pairs: Pairs, rule: BoxRule, grid
         some = slice(i, i + 256)
         heat = heat_of(predictions, pairs.at[some], pairs.finding[some], rule)
         for j, t in enumerate(grid):
-            out[some, j] = score(heat, detect(heat, rule.rule, t), pairs.boxes[some])["IoU"]
+            out[some, j] = overlaps(detect(heat, rule.rule, t), pairs.boxes[some])
     return out
 
 # %% ../nbs/07b_evaluation.ipynb #35d90a9f

@@ -164,6 +164,7 @@ BODIES = {
     "densenet121": BodySpec(_models.densenet121, _densenet_blocks, (256, 512, 1024, 1024)),
     "efficientnet_b4": BodySpec(_models.efficientnet_b4, _efficientnet_blocks, (32, 56, 160, 1792)),
     "small-resnet": BodySpec(_small_resnet, list, (32, 64, 128)),
+    "small-resnet4": BodySpec(partial(_small_resnet, widths=(32, 64, 128, 256)), list, (32, 64, 128, 256)),
     "small-densenet": BodySpec(_small_densenet, _densenet_blocks, (40, 116, 226)),
 }
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Share', 'PAPER_RULES', 'T_IOU', 'T_IOR', 'to_heat', 'to_image_frame', 'BoxRule', 'otsu', 'Detections', 'detect',
            'area', 'intersection', 'iou', 'iobb', 'cover', 'box_patches', 'region_overlaps', 'energy', 'cdice', 'peak',
-           'pointing', 'score']
+           'pointing', 'score', 'overlaps']
 
 # %% ../nbs/07_localization.ipynb #b15c5a40
 from typing import Annotated, Literal, NamedTuple
@@ -294,3 +294,14 @@ def _first_box(found: Detections, boxes: np.ndarray, t_iobb: float) -> tuple[np.
     first = np.zeros((n, 4))
     first[owners] = found.boxes[at]
     return first, np.bincount(found.owner[hit], minlength=n) > 0, np.bincount(found.owner[~hit], minlength=n)
+
+
+def overlaps(
+    found: Detections,
+    boxes: np.ndarray,  # (n, 4) the true box of each map
+) -> np.ndarray:
+    "The IoU of `score` alone, (n,), for whoever tries many thresholds."
+    boxes = np.asarray(boxes, np.float64)
+    if len(found.boxes) or not found.regions.any():
+        return iou(_first_box(found, boxes, 0.0)[0], boxes)
+    return region_overlaps(found.regions, cover(boxes, found.regions.shape[1:], np.float32))[0]

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from cxr_book import equivariant as eq
-from cxr_book.layers import count_parameters
+from cxr_book.layers import count_parameters, read_weights
 from cxr_book.learner import make_optimizer, set_trainable, train_mode
 from cxr_book.loader import Batch
 from cxr_book.measure import in_turns
+from cxr_book.study import open_study
 
 SETTINGS = eq.EquivariantSettings(weights=None)
 SMALL = SETTINGS.but(frozen_blocks=0)
@@ -232,3 +233,32 @@ def test_finer_maps_cost_at_most_15_percent():
         rates = in_turns({str(i): lambda net=net: job(net) for i, net in enumerate(nets)}, rounds=5, seconds=0.5)
         best = min(best, float(np.median(rates["0"] / rates["1"])))
     assert best <= 1.15, best
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", SETTINGS.backbones, ids=lambda b: b.body)
+def test_both_trainings_at_the_papers_size(backbone):
+    net, batch = eq.EquivariantNet(SETTINGS, backbone), batch_of(2, 256)
+    for stage in net.stages():
+        opt = make_optimizer(stage, set_trainable(net, stage.trainable))
+        train_mode(net)
+        losses = net.loss(batch, stage.name)
+        losses["loss"].backward()
+        opt.step()
+        opt.zero_grad()
+        assert torch.isfinite(losses["loss"])
+    out = net.eval()(batch.x)
+    assert out.maps.shape == (2, 14, 32, 32) and out.logits.shape == (2, 14)
+
+
+def test_a_pretrained_body_is_where_all_models_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXR_BOOK_HOME", str(tmp_path))
+    settings = eq.EquivariantSettings.from_preset("smoke")
+    study = open_study(settings, "test", tmp_path / "run")
+    backbone = settings.backbones[0]
+    begun = eq.pretrained(study, backbone)
+    body, _ = read_weights(begun.weights)
+    for build in eq.methods(begun).values():
+        state = build().body.state_dict()
+        assert all(torch.equal(state[k], v) for k, v in body.items())
+    assert eq.pretrained(study, backbone) == begun  # nothing is trained again
