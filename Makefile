@@ -12,6 +12,8 @@ CODE := $(wildcard cxr_book/*.py) $(wildcard cxr_book/reported/*)
 NOTEBOOKS := $(sort $(notdir $(basename $(wildcard nbs/*.ipynb))))
 CHAPTERS := $(filter 10_% 11_% 12_% 13_% 14_%,$(NOTEBOOKS))
 EXECUTED := $(NOTEBOOKS:%=$(BOOK)/%/notebook.ipynb)
+JOBS ?= 2
+THREADS := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$(( n > $(JOBS) ? n / $(JOBS) : 1 )))
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -30,11 +32,12 @@ $(READY): pyproject.toml
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 >/dev/null
 	@touch $@
 
-book: install $(EXECUTED)  ## run every notebook on the drawn data set, then render the site (PRESET=smoke|quick|paper)
+book: install  ## run every notebook on the drawn data set, then render the site (PRESET=smoke|quick|paper, JOBS=2)
+	@OMP_NUM_THREADS=$(THREADS) $(MAKE) --no-print-directory -j $(JOBS) $(EXECUTED)
 	@$(BIN)/python -m cxr_book.site publish $(BOOK) --to $(BOOK)/published
 	@CXR_BOOK_PUBLISHED=$(BOOK)/published $(MAKE) --no-print-directory site
 	@echo; echo "The executed notebooks: $(BOOK)/*/notebook.ipynb"
-	@echo "The results of a chapter: $(BOOK)/10_baselines (metrics.json, figures/, a run folder for each model)"
+	@echo "The results of a chapter: $(CHAPTERS:%=$(BOOK)/%) (metrics.json, figures/, a run folder for each model)"
 	@! command -v quarto >/dev/null || echo "The site: _book/index.html"
 
 # A run that was killed goes on; a finished run whose code has changed since starts again.
