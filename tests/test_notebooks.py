@@ -25,7 +25,7 @@ def test_runs(notebook, tmp_path):
         env=env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0 and "Success" in done.stdout + done.stderr, (done.stdout + done.stderr)[
         -4000:
