@@ -49,20 +49,26 @@ def test_chapters_are_listed_once_and_exist():
     assert sorted(f for f in listed if f.startswith("nbs/")) == [f"nbs/{f.name}" for f in NOTEBOOKS]
 
 
+def labels(page):
+    text = page.read_text()
+    return re.findall(r"\{#((?:eq|fig|tbl|sec)-[\w-]+)", text) + re.findall(r"#\|\s*label:\s*((?:fig|tbl)-[\w-]+)", text)
+
+
 def test_references_resolve():
     pages = [ROOT / f for f in chapters() if (ROOT / f).is_file()]
     keys = set(re.findall(r"^@\w+\{([^,]+),", (ROOT / "references.bib").read_text(), re.M))
-    defined, wrong = set(), []
-    for p in pages:
-        text = p.read_text()
-        defined |= set(re.findall(r"\{#((?:eq|fig|tbl|sec)-[\w-]+)", text))
-        defined |= set(re.findall(r"#\|\s*label:\s*((?:fig|tbl)-[\w-]+)", text))
+    defined, wrong = {label for p in pages for label in labels(p)}, []
     for p in pages:
         for key in re.findall(r"(?<![\w.\\])@([A-Za-z][\w-]*)", prose(p)):
             cross = re.match(r"(eq|fig|tbl|sec)-", key)
             if key not in (defined if cross else keys):
                 wrong.append(f"{p.name}: @{key}")
     assert wrong == []
+
+
+def test_labels_are_unique():
+    found = [label for f in chapters() if (ROOT / f).is_file() for label in labels(ROOT / f)]
+    assert sorted({label for label in found if found.count(label) > 1}) == []
 
 
 def test_bibliography_keys_are_unique():
