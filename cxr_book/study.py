@@ -67,7 +67,7 @@ class Study:
         how = dict(augment=s.augment, shuffle=True, drop_last=True) if augmented else dict(augment=still)
         return Loader(self.cache, self.radiographs, rows, size, device=self.fabric.device, seed=s.seed, **how)
 
-
+# %% ../nbs/09_study.ipynb #9d1c4f02
 def open_study(
     settings: StudySettings,
     chapter: str,  # name of the chapter, for the run folder
@@ -131,7 +131,7 @@ def predict_parts(
             )
     return test, valid
 
-
+# %% ../nbs/09_study.ipynb #4be07a63
 def score(
     study: Study,
     test: Predictions,
