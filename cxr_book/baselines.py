@@ -8,14 +8,12 @@ __all__ = ['BaselineSettings', 'Baseline', 'methods', 'train_baselines']
 # %% ../nbs/10_baselines.ipynb #45c95f8f
 from typing import Any, Callable, ClassVar
 
-import torch
 from pydantic import Field
 from torch import nn
 
-from .layers import Body, Classifier, Output, bce
 from .learner import Stage
 from .loader import PAPER_004, Augment
-from .study import Study, StudySettings, fit
+from .study import PlainClassifier, Study, StudySettings, fit
 
 # %% ../nbs/10_baselines.ipynb #d6ed465b
 class BaselineSettings(StudySettings):
@@ -42,26 +40,16 @@ class BaselineSettings(StudySettings):
     }  # fmt: skip
 
 # %% ../nbs/10_baselines.ipynb #18e882c8
-class Baseline(nn.Module):
-    "A body, average pooling and a linear classifier; images (B, 1, H, W) in 0..1 -> `Output`."
+class Baseline(PlainClassifier):
+    "A plain classifier with the training of paper 004."
 
     def __init__(
         self,
         settings: BaselineSettings,
         body: str,  # a key of `layers.BODIES`
     ):
-        super().__init__()
+        super().__init__(body, settings.weights)
         self.settings = settings
-        self.body = Body(body, settings.weights)
-        self.classifier = Classifier(self.body.channels[-1], pool="avg")
-
-    def forward(self, x: torch.Tensor) -> Output:
-        *_, finer, last = self.body(x)  # (B, C, h, w)
-        return self.classifier(last)._replace(extras=dict(features=last, finer=finer))
-
-    def loss(self, batch, stage: str) -> dict[str, torch.Tensor]:
-        logits = self(batch.x).logits
-        return dict(loss=bce(logits, batch.y), logits=logits.detach())
 
     def stages(self) -> list[Stage]:
         s = self.settings

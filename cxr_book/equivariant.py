@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Backbone', 'EquivariantSettings', 'MergeBlock', 'EquivariantNet', 'Branch', 'hardest_mean', 'ecr_loss', 'rotations',
-           'Siamese', 'siamese', 'methods', 'pretrained', 'train_equivariant', 'fit_refined', 'train_ablations']
+           'Siamese', 'siamese', 'methods', 'train_equivariant', 'fit_refined', 'train_ablations']
 
 # %% ../nbs/11_equivariant.ipynb #25f3ff97
 import copy
@@ -17,12 +17,12 @@ from fastcore.basics import patch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .core import FINDINGS, Settings
+from .core import FINDINGS, CxrError, Settings
 from .correlation import PixelCorrelation, max_normalise, winner_only
-from .layers import AvgPool, BatchBCELoss, Body, Classifier, LSEPool, Output, save_weights
+from .layers import BatchBCELoss, Body, Classifier, LSEPool, Output
 from .learner import Stage
 from .loader import PAPER_001, Augment, turn, warp
-from .study import Study, StudySettings, fit
+from .study import PretrainSettings, Study, fit, pretrained
 
 # %% ../nbs/11_equivariant.ipynb #ebf0f9a2
 class Backbone(Settings):
@@ -33,13 +33,10 @@ class Backbone(Settings):
     seam_epochs: int = Field(3, ge=1)
 
 # %% ../nbs/11_equivariant.ipynb #60a616af
-class EquivariantSettings(StudySettings):
+class EquivariantSettings(PretrainSettings):
     "Settings of this chapter; the defaults are the paper's (sections 4 and 5)."
 
     backbones: tuple[Backbone, ...] = (Backbone(), Backbone(body="efficientnet_b4", seam_lr=1e-5, seam_epochs=1))
-    weights: str | None = "imagenet"  # None: from scratch, or from a body that is trained here
-    pretrain_epochs: int = Field(0, ge=0)  # of a plain classifier, whose body all models start from
-    pretrain_lr: float = Field(4e-3, gt=0)
     frozen_blocks: int = Field(2, ge=0, le=3)  # the stem and so many blocks keep their weights; 0: all learn
     levels: int = Field(2, ge=1, le=3)  # merges of the multi-resolution models: each doubles the side of the maps
     reduction: int = Field(4, ge=1)  # of the channels inside a merge
@@ -48,7 +45,6 @@ class EquivariantSettings(StudySettings):
     gamma: float = Field(10.0, gt=0)  # of the pooling
     epochs: int = Field(35, ge=1)
     lr: float = Field(3e-4, gt=0)
-    schedule: str = "constant"
     betas: tuple[float, float] = (0.9, 0.9)  # of Adam, in both trainings
     accumulate: int = Field(3, ge=1)  # batches a weight update
     suppress: bool = True  # before the module, each pixel keeps its strongest class only
@@ -111,17 +107,19 @@ class EquivariantNet(nn.Module):
         levels: int | None = None,  # merges; None: as the settings say, 0: the standard model
         refine: bool = True,  # with a pixel correlation module
         n_classes: int = len(FINDINGS),
-        pool: nn.Module | None = None,  # None: log-sum-exp
     ):
         super().__init__()
         s = self.settings = settings
         levels, self.backbone = s.levels if levels is None else levels, backbone
         self.body = Body(backbone.body, s.weights)
-        *channels, = self.body.channels[::-1]  # coarse to fine
+        channels = self.body.channels[::-1]  # coarse to fine
+        if levels >= len(channels):
+            most = len(channels) - 1
+            raise CxrError(f"levels = {levels}, body = {backbone.body!r}: its {most + 1} blocks allow {most} merges at most")
         self.merges = nn.ModuleList(
             MergeBlock(a, b, s.reduction, s.merge_norm, s.merge_bias) for a, b in zip(channels[:levels], channels[1:])
         )
-        self.classifier = Classifier(channels[len(self.merges)], n_classes, pool or LSEPool(s.gamma))
+        self.classifier = Classifier(channels[len(self.merges)], n_classes, LSEPool(s.gamma))
         self.pcm = PixelCorrelation(channels[len(self.merges)], suppress=s.suppress) if refine else None
         self.criterion = BatchBCELoss()
 
@@ -263,21 +261,11 @@ def methods(settings: EquivariantSettings) -> dict[str, Callable[[], nn.Module]]
     return found
 
 # %% ../nbs/11_equivariant.ipynb #940ff9b6
-def pretrained(study: Study, backbone: Backbone) -> EquivariantSettings:
-    "The study's settings, with the weights of a body trained as a plain classifier, where they ask for one."
-    s, name = study.settings, f"pretrained-{backbone.body}"
-    if not s.pretrain_epochs:
-        return s
-    stage = Stage(name="pretrain", epochs=s.pretrain_epochs, lr=s.pretrain_lr, schedule=s.schedule, monitor="auroc")
-    net, _ = fit(study, name, lambda: EquivariantNet(s, backbone, 0, refine=False, pool=AvgPool()), [stage])
-    return s.but(weights=str(save_weights(net.body, study.run.folder / name / "body.safetensors")))
-
-
 def train_equivariant(study: Study) -> dict[str, tuple[nn.Module, list[dict[str, Any]]]]:
     "Train all models into the study's run folder: name -> (method, history of all its stages)."
     trained = {}
     for b in study.settings.backbones:
-        build = methods(pretrained(study, b))
+        build = methods(pretrained(study, b.body, BatchBCELoss()))
         for name in (b.body, f"multires-{b.body}"):
             trained[name] = fit(study, name, build[name])
         net, history = trained[name]
@@ -302,7 +290,7 @@ def train_ablations(
 ) -> dict[str, nn.Module]:
     "Variants of the first backbone by name: other numbers of merges, and three other modules behind `net`."
     b = study.settings.backbones[0]
-    s = pretrained(study, b)
+    s = pretrained(study, b.body, BatchBCELoss())
     most = len(net.body.channels) - 1
     found = {}
     for n in [n for n in range(1, most + 1) if n != s.levels]:

@@ -122,7 +122,7 @@ class Learner:
 
     def __init__(
         self,
-        method: nn.Module,  # has `loss(batch, stage)` and `stages()`
+        method: nn.Module,  # has `loss(batch, stage)` and `stages()`, perhaps `anneal(stage, t)`
         train,  # a loader of the training part
         valid,  # a loader of the validation part
         run: Run,  # where weights, history and state go
@@ -234,6 +234,9 @@ def _trained(self: Learner, stage: Stage) -> dict[str, Any]:
 def _step(self: Learner, stage: Stage, module, opt, ema, batch, n: int) -> None:
     "One batch; the weights move after every `accumulate` batches and at the end of the epoch."
     now = self.now
+    t = (now["epoch"] + now["step"] / n) / stage.epochs
+    if hasattr(self.method, "anneal"):
+        self.method.anneal(stage.name, t)
     last_of_group = (now["step"] + 1) % stage.accumulate == 0 or now["step"] + 1 == n
     group = min(stage.accumulate, n - now["step"] // stage.accumulate * stage.accumulate)
     with self.fabric.no_backward_sync(module, enabled=not last_of_group and self.fabric.world_size > 1):
@@ -241,7 +244,6 @@ def _step(self: Learner, stage: Stage, module, opt, ema, batch, n: int) -> None:
             losses = module.loss(batch, stage.name)
         self.fabric.backward(losses["loss"] / group)
     if last_of_group:
-        t = (now["epoch"] + now["step"] / n) / stage.epochs
         for g in opt.param_groups:
             g["lr"] = stage.lr * lr_factor(stage, t)
         if stage.clip:

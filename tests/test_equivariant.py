@@ -256,9 +256,9 @@ def test_a_pretrained_body_is_where_all_models_start(tmp_path, monkeypatch):
     settings = eq.EquivariantSettings.from_preset("smoke")
     study = open_study(settings, "test", tmp_path / "run")
     backbone = settings.backbones[0]
-    begun = eq.pretrained(study, backbone)
+    begun = eq.pretrained(study, backbone.body, eq.BatchBCELoss())
     body, _ = read_weights(begun.weights)
     for build in eq.methods(begun).values():
         state = build().body.state_dict()
         assert all(torch.equal(state[k], v) for k, v in body.items())
-    assert eq.pretrained(study, backbone) == begun  # nothing is trained again
+    assert eq.pretrained(study, backbone.body) == begun  # nothing is trained again
