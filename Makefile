@@ -58,8 +58,8 @@ site: install  ## render the site from published/ with Quarto, where it is insta
 publish: install  ## take the executed notebooks of the last `make book` into published/
 	$(BIN)/python -m cxr_book.site publish $(BOOK)
 
-test: install  ## all tests
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+test: install  ## all tests, file by file on JOBS processes
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 export: install  ## notebooks -> package, and clean the notebooks
 	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_export && PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_clean --fname nbs

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from cxr_book import proposals
 from cxr_book.core import CxrError
 from cxr_book.evaluation import thresholds_for
-from cxr_book.layers import load_strict
+from cxr_book.layers import load_strict, read_weights, save_weights
 from cxr_book.learner import make_optimizer, set_trainable, train_mode
 from cxr_book.loader import PAPER_002, Batch
 from cxr_book.localization import PAPER_RULES, detect
-from cxr_book.proposals import ProposalNet, ProposalSettings, View
+from cxr_book.proposals import ProposalNet, ProposalSettings
 from cxr_book.study import open_study, predict_parts, pretrained
 
 SETTINGS = ProposalSettings.from_preset("smoke", pretrain_epochs=0)
@@ -210,10 +210,16 @@ def test_views_are_answers_of_one_network():
     net = net_of().eval()
     x = batch_of().x
     with torch.no_grad():
-        out, sal, det, mix = net(x), *(View(net, name)(x) for name in ("sal", "det", "mix"))
+        out, sal, det, mix = net(x), *(net.view(name)(x) for name in ("sal", "det", "mix"))
     assert torch.equal(sal.logits, out.logits) and torch.equal(sal.maps, out.extras["saliency"])
     assert torch.equal(det.logits, out.extras["judged"]) and torch.equal(det.maps, out.extras["regions"])
-    assert torch.equal(mix.logits, out.logits) and torch.equal(mix.maps, out.maps)
+    assert torch.equal(mix.logits, out.logits) and torch.equal(mix.maps, out.maps) and net.answer == "mix"
+    with pytest.raises(CxrError, match="det"):
+        net.view("dex")
+    alone = proposals.methods(SETTINGS)["det"]().eval()
+    alone.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        assert torch.equal(alone(x).maps, det.maps)
 
 
 def test_without_labels_it_predicts_and_says_why_it_cannot_learn():
@@ -239,13 +245,21 @@ def test_detection_goes_on_from_the_classifier_and_validated_thresholds_see_no_t
     assert stages == ["classify", "detect", "joint"] and pretrained(study, settings.body).weights.endswith("body.safetensors")
     again = ProposalNet(settings)
     load_strict(again, tmp_path / "run" / "mix" / "weights.safetensors")
-    test, valid = predict_parts(study, View(again, "mix"))
+    test, valid = predict_parts(study, again)
     rule, data = PAPER_RULES["002"], study.radiographs
     poisoned = dataclasses.replace(data, boxes=data.boxes.copy())
     poisoned.boxes.loc[data.boxes["row"].isin(study.split.test), ["x0", "y0", "x1", "y1"]] = [0.0, 0.0, 0.02, 0.9]
     for mode, same in (("validated", True), ("oracle", False)):
         clean, bad = (thresholds_for(mode, test, d, rule, valid)[0] for d in (data, poisoned))
         assert (clean == bad) is same
+
+
+def test_a_file_of_weights_serves_the_crops_only_where_it_fits(tmp_path):
+    file = str(save_weights(net_of().body, tmp_path / "body.safetensors"))
+    both, other = (ProposalNet(SETTINGS.but(weights=file, crop_body=body)) for body in (SETTINGS.body, "resnet18"))
+    weights, _ = read_weights(file)
+    for body in (both.body, both.crops.body, other.body):
+        assert all(torch.equal(v, weights[k]) for k, v in body.state_dict().items())
 
 
 @pytest.mark.slow
