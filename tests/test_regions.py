@@ -1,6 +1,7 @@
 "What the notebook of `regions` cannot say: other sizes and types, frozen parts, differences, refusals, cost at size."
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cxr_book.core import CxrError
-from cxr_book.measure import peak_memory, rate
+from cxr_book.measure import peak_memory
 from cxr_book.regions import (
     CHOICES,
     SITUATIONS,
@@ -506,9 +507,16 @@ def two_threads():
     torch.set_num_threads(1)
 
 
+def cpu_seconds(job):
+    "Of this process on one thread: others at work beside it do not count."
+    start = time.process_time()
+    job()
+    return time.process_time() - start
+
+
 @pytest.mark.slow
-def test_cost_at_the_size_of_the_paper(two_threads):
-    "395 regions of 14 classes, batch 8, 128 channels, stage 2: a third of the memory in 1.5 of the time, at most."
+def test_cost_at_the_size_of_the_paper():
+    "395 regions of 14 classes, batch 8, 128 channels, stage 2: a third of the memory in 1.5 of the CPU time, at most."
     features, saliency = torch.randn(8, 14, 128, 32, 32), torch.randn(8, 14, 32, 32)
     heads = {"chunks": RegionHead(128), "whole": RegionHead(128, budget=2**62)}
     jobs = {name: lambda h=h: stage_2(h, features, saliency) for name, h in heads.items()}
@@ -516,7 +524,7 @@ def test_cost_at_the_size_of_the_paper(two_threads):
     print({k: f"{v / 2**20:.0f} MB" for k, v in peaks.items()})
     assert peaks["chunks"] * 3 <= peaks["whole"]
     for _ in range(3):  # in turns, and warm by now; whoever else uses the machine can only make it worse
-        seconds = {name: 1 / rate(job, 0) for name, job in jobs.items()}
+        seconds = {name: cpu_seconds(job) for name, job in jobs.items()}
         print({k: round(v, 2) for k, v in seconds.items()})
         if seconds["chunks"] <= 1.5 * seconds["whole"]:
             break
