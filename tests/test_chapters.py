@@ -67,6 +67,5 @@ def test_real_radiographs(notebook, tmp_path):
     real = ROOT.parent / "shared" / "chestxray14"
     if not real.is_dir():
         pytest.skip("no real radiographs beside this checkout")
-    short = ("-p", "ablations", "False") if "ablations = True" in notebook.read_text() else ()
-    metrics = execute(notebook, tmp_path / "run", tmp_path, "-p", "data_root", real, *short)
+    metrics = execute(notebook, tmp_path / "run", tmp_path, "-p", "data_root", real)
     assert all(result["n_pairs"] == 34 for result in metrics.values() if isinstance(result, dict))
