@@ -46,7 +46,7 @@ class Baseline(PlainClassifier):
     def __init__(
         self,
         settings: BaselineSettings,
-        body: str,  # a key of `layers.BODIES`
+        body: str,  # a key of `bodies.BODIES`
     ):
         super().__init__(body, settings.weights)
         self.settings = settings

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .core import CxrError
-from .measure import in_turns, peak_memory
+from .measure import compare_costs
 
 # %% ../nbs/05b_correlation.ipynb #73e11b54
 def _same_pixels(a: Tensor, b: Tensor, what: str) -> None:
@@ -180,9 +180,8 @@ class PixelCorrelation(nn.Module):
 FORMS = {"plain": correlate_plain, "lean": correlate}
 
 
-def _training_pass(form: Callable, embedding: Tensor, maps: Tensor) -> int:
+def _training_pass(form: Callable, embedding: Tensor, maps: Tensor) -> None:
     torch.autograd.grad(form(embedding, maps), embedding, maps)  # any gradient of the maps' shape does
-    return 1
 
 
 def correlation_costs(
@@ -195,16 +194,14 @@ def correlation_costs(
     most: float = 1e9,  # bytes of the affinities (B, N, N) up to which the plain form runs; it needs a multiple
 ) -> pd.DataFrame:
     "Seconds (median) and bytes (peak) of a forward and backward pass, a row for each form and size."
-    rows = []
+    tables = {}
     for n in sizes:
         embedding = torch.randn(batch, channels, n, n, device=device, requires_grad=True)
         maps = torch.rand(batch, classes, n, n, device=device)
         forms = FORMS if 4 * batch * n**4 <= most else {"lean": correlate}
         jobs = {name: partial(_training_pass, form, embedding, maps) for name, form in forms.items()}
-        rates = in_turns(jobs, rounds, seconds=0.02, device=device)
-        rows += [dict(form=name, size=n, seconds=1 / float(np.median(rates[name])), bytes=peak_memory(job, device))
-                 for name, job in jobs.items()]  # fmt: skip
-    return pd.DataFrame(rows)
+        tables[n] = compare_costs(jobs, device, rounds)
+    return pd.concat(tables, names=["size", "form"]).swaplevel().reset_index()
 
 
 def growth(

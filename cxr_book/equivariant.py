@@ -17,9 +17,10 @@ from fastcore.basics import patch
 from pydantic import Field
 from torch import Tensor, nn
 
+from .bodies import Body
 from .core import FINDINGS, CxrError, Settings
 from .correlation import PixelCorrelation, max_normalise, winner_only
-from .layers import BatchBCELoss, Body, Classifier, LSEPool, Output
+from .layers import BatchBCELoss, Classifier, LSEPool, Output
 from .learner import Stage
 from .loader import PAPER_001, Augment, turn, warp
 from .study import PretrainSettings, Study, fit, pretrained
@@ -28,7 +29,7 @@ from .study import PretrainSettings, Study, fit, pretrained
 class Backbone(Settings):
     "A body and how its pixel correlation module is trained (section 5.1)."
 
-    body: str = "resnet50"  # a key of `layers.BODIES`
+    body: str = "resnet50"  # a key of `bodies.BODIES`
     seam_lr: float = Field(1e-6, gt=0)
     seam_epochs: int = Field(3, ge=1)
 
@@ -281,7 +282,7 @@ def fit_refined(
     settings: EquivariantSettings | None = None,  # instead of the network's own
 ) -> tuple[EquivariantNet, list[dict[str, Any]]]:
     "The network with a trained pixel correlation module, and the history of that stage."
-    return fit(study, name, lambda: net.refined(settings), net.refined(settings).stages()[1:])
+    return fit(study, name, lambda: net.refined(settings), slice(1, None))
 
 # %% ../nbs/11_equivariant.ipynb #5dc917c1
 def train_ablations(

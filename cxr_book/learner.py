@@ -122,20 +122,21 @@ class Learner:
 
     def __init__(
         self,
-        method: nn.Module,  # has `loss(batch, stage)` and `stages()`, perhaps `anneal(stage, t)`
+        method: nn.Module,  # has `loss(batch, stage)` and `stages()`, perhaps `anneal(stage, t)` and `begin(stage, train)`
         train,  # a loader of the training part
         valid,  # a loader of the validation part
         run: Run,  # where weights, history and state go
-        stages: list[Stage] | None = None,  # instead of the method's own
+        stages: list[Stage] | slice | None = None,  # instead of the method's own, or which of them
         score: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None,  # (y, logits) -> figures to report
         fabric: Fabric | None = None,
         seed: int = 0,
         save_minutes: float = 5.0,  # how much of a long epoch a kill may cost
     ):
         self.method, self.run, self.score, self.seed = method, run, score, seed
-        self.stages = method.stages() if stages is None else stages
+        self.stages = stages if isinstance(stages, list) else method.stages()[stages or slice(None)]
         self.fabric = fabric or make_fabric()
         self.train, self.valid = train.shard(self.fabric.global_rank, self.fabric.world_size), valid
+        self.whole = train  # of all processes
         self.save_minutes = save_minutes
         self.state_file, self.best_file = run.state / "last.pt", run.state / "best.safetensors"
         self.history: list[dict[str, Any]] = []
@@ -169,6 +170,8 @@ def _fit_stage(self: Learner, i: int, stage: Stage, state: dict[str, Any]) -> No
     if stage.epochs and not len(self.train):
         size, rows = self.train.batch_size, len(self.train.rows)
         raise CxrError(f"batch_size = {size}: the training part has {rows} images, which fill no batch; lower it")
+    if "epoch" not in state and hasattr(self.method, "begin"):
+        self.method.begin(stage.name, self.whole)
     params = set_trainable(self.method, stage.trainable)
     module, opt = self.fabric.setup(self.method, make_optimizer(stage, params))
     module.mark_forward_method("loss")

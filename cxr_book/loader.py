@@ -116,7 +116,7 @@ def move_points(
     m = np.asarray(torch.as_tensor(matrix).detach().cpu(), np.float64)
     if m.ndim == 2:
         return p @ m[:2, :2].T + m[:2, 2]
-    flat = p.reshape(len(m), -1, 2)
+    flat = p.reshape(len(m), np.prod(p.shape[1:-1], dtype=int), 2)
     return (flat @ m[:, :2, :2].swapaxes(1, 2) + m[:, None, :2, 2]).reshape(p.shape)
 
 

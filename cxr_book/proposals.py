@@ -17,8 +17,9 @@ from fastcore.basics import patch
 from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
+from .bodies import Body, count_parameters, replace_relu
 from .core import FINDINGS, CxrError, did_you_mean
-from .layers import Body, LSELBAPool, LSEPool, Output, StaticBCELoss, count_parameters, replace_relu
+from .layers import LSELBAPool, LSEPool, Output, StaticBCELoss
 from .learner import Stage
 from .loader import PAPER_002, Augment
 from .regions import Anchors, RegionHead, average_regions, crop, decode, pick
@@ -28,7 +29,7 @@ from .study import PretrainSettings, Study, fit, pretrained
 class ProposalSettings(PretrainSettings):
     "Settings of this chapter; the defaults are the paper's (section 4.2)."
 
-    body: str = "densenet121"  # a key of `layers.BODIES`
+    body: str = "densenet121"  # a key of `bodies.BODIES`
     crop_body: str = "resnet34"  # what classifies the crops
     slope: float = Field(0.1, ge=0, lt=1)  # of the leaky ReLU; 0: plain ReLU
     pyramid: int = Field(256, ge=1)  # channels of the feature pyramid
@@ -57,6 +58,7 @@ class ProposalSettings(PretrainSettings):
         "smoke": dict(
             image_size=64, batch_size=8, epochs=(1, 1, 1), pretrain_epochs=1, weights=None, n_boot=50,
             body="small-resnet", crop_body="small-resnet", pyramid=16, hidden=4, region_width=4, crop_size=16,
+            anchors=dict(steps=(64, 64, 128)), bins=3,
         ),
         "quick": dict(
             image_size=128, batch_size=16, epochs=(5, 3, 2), pretrain_epochs=14, lr=(2e-3, 3e-3, 5e-4),
@@ -113,7 +115,7 @@ class CropClassifier(nn.Module):
 
     def __init__(
         self,
-        body: str = "resnet34",  # a key of `layers.BODIES`
+        body: str = "resnet34",  # a key of `bodies.BODIES`
         weights: str | None = None,
         n_classes: int = len(FINDINGS),
         slope: float = 0.1,
@@ -213,14 +215,13 @@ def loss(self: ProposalNet, batch, stage: str) -> dict[str, Tensor]:
     if self.criterion is None:
         raise CxrError("ProposalNet was made without `labels`: give those of the training images, which weigh the loss")
     logits, features, saliency = self.classify(batch.x)
-    losses = dict(cls=self.criterion(logits, batch.y))
-    judged = logits
-    if stage != "classify":
-        _, judged = self.judge(batch.x, *self.propose(features, saliency), logits)
-        losses["rpn"] = self.criterion(judged, batch.y)
-    loss = {"classify": losses["cls"], "detect": losses.get("rpn")}.get(stage, sum(losses.values()))
-    scored = judged if stage == "detect" else logits
-    return dict(loss=loss, **{k: v.detach() for k, v in losses.items()}, logits=scored.detach())
+    cls = self.criterion(logits, batch.y)
+    if stage == "classify":
+        return dict(loss=cls, cls=cls.detach(), logits=logits.detach())
+    _, judged = self.judge(batch.x, *self.propose(features, saliency), logits)
+    rpn = self.criterion(judged, batch.y)
+    loss, scored = (rpn, judged) if stage == "detect" else (cls + rpn, logits)
+    return dict(loss=loss, cls=cls.detach(), rpn=rpn.detach(), logits=scored.detach())
 
 
 @patch
@@ -251,11 +252,7 @@ def fit_classifier(
 ) -> tuple[ProposalNet, list[dict[str, Any]]]:
     "A network after the first stage, and its history."
     labels = study.radiographs.labels[study.split.train]
-
-    def build() -> ProposalNet:
-        return ProposalNet(settings, labels)
-
-    return fit(study, name, build, build().stages()[:1])
+    return fit(study, name, lambda: ProposalNet(settings, labels), slice(1))
 
 
 def fit_detector(
@@ -265,7 +262,7 @@ def fit_detector(
     settings: ProposalSettings | None = None,  # instead of its own
 ) -> tuple[ProposalNet, list[dict[str, Any]]]:
     "The network after all stages, and the history of the second and third."
-    return fit(study, name, lambda: first.continued(settings), first.continued(settings).stages()[1:])
+    return fit(study, name, lambda: first.continued(settings), slice(1, None))
 
 
 def train_proposals(study: Study) -> dict[str, tuple[ProposalNet, list[dict[str, Any]]]]:

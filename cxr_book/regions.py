@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torchvision.ops import roi_align
 
 from .core import CxrError, Settings
-from .measure import in_turns, peak_memory
+from .measure import compare_costs
 
 # %% ../nbs/05c_regions.ipynb #3732e9af
 class Anchors(Settings):
@@ -266,7 +266,7 @@ def region_scores_plain(
 SITUATIONS = ("inference", "maps frozen", "everything learns")
 
 
-def _region_pass(form: Callable, situation: str, params: list, features: Tensor, saliency: Tensor) -> int:
+def _region_pass(form: Callable, situation: str, params: list, features: Tensor, saliency: Tensor) -> None:
     "One pass through the head, backward too where something learns."
     inputs = [t.detach().requires_grad_(situation == "everything learns") for t in (features, saliency)]
     learning = [t for t in inputs if t.requires_grad] + params
@@ -274,7 +274,6 @@ def _region_pass(form: Callable, situation: str, params: list, features: Tensor,
         outputs = form(*inputs)
         if situation != "inference":
             torch.autograd.grad(outputs, learning, [torch.ones_like(y) for y in outputs])
-    return 1
 
 
 def region_costs(
@@ -290,16 +289,14 @@ def region_costs(
     whole, parts = (RegionHead(channels, width, budget=budget).to(device) for budget in (2**62, None))
     forms = {"roi_align": partial(region_scores_plain, whole), "all at once": whole, "in chunks": parts}
     features = torch.randn(batch, classes, channels, size, size, device=device)
-    saliency, rows = torch.randn(batch, classes, size, size, device=device), []
+    saliency, tables = torch.randn(batch, classes, size, size, device=device), {}
     for situation in SITUATIONS:
         jobs = {}
         for name, form in forms.items():
             params = list((parts if form is parts else whole).parameters())
             jobs[name] = partial(_region_pass, form, situation, params, features, saliency)
-        rates = in_turns(jobs, rounds, seconds=0.02, device=device)
-        rows += [dict(situation=situation, form=name, seconds=1 / float(np.median(rates[name])),
-                      bytes=peak_memory(job, device)) for name, job in jobs.items()]  # fmt: skip
-    return pd.DataFrame(rows)
+        tables[situation] = compare_costs(jobs, device, rounds)
+    return pd.concat(tables, names=["situation", "form"]).reset_index()
 
 # %% ../nbs/05c_regions.ipynb #84beae29
 def show_region_costs(

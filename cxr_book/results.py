@@ -37,6 +37,7 @@ class Results:
     rule: BoxRule
     chapter: str  # name of the notebook, as `10_baselines`
     scores: pd.DataFrame = field(init=False, repr=False)  # long form, as of `score_all`
+    _known: dict = field(init=False, repr=False, default_factory=dict)  # thresholds and pairs that were asked for
 
     def __post_init__(self):
         self.scores = score_all(self.study, self.predictions, self.rule)
@@ -200,17 +201,22 @@ def cuts(self: Results, method: str, mode: str) -> np.ndarray:
     "The threshold of each finding, (14,); NaN: each map's own, by Otsu."
     if method not in self.predictions:
         raise CxrError(f"method = {method!r} has no maps here: {did_you_mean(method, list(self.predictions))}")
-    test, valid = self.predictions[method]
-    chosen, _ = thresholds_for(mode, test, self.study.radiographs, self.rule, valid)
-    return np.array([np.nan if chosen[f] == "otsu" else chosen[f] for f in FINDINGS])
+    if ("cuts", method, mode) not in self._known:
+        test, valid = self.predictions[method]
+        chosen, _ = thresholds_for(mode, test, self.study.radiographs, self.rule, valid)
+        cut = np.array([np.nan if chosen[f] == "otsu" else chosen[f] for f in FINDINGS])
+        self._known["cuts", method, mode] = cut
+    return self._known["cuts", method, mode]
 
 
 @patch
 def pair_values(self: Results, method: str, mode: str = "fixed") -> tuple[Pairs, dict[str, np.ndarray]]:
     "The true boxes of the test part and every metric of each, (n,)."
     cut, test, data = self.cuts(method, mode), self.predictions[method][0], self.study.radiographs
-    pairs, masks = pairs_of(data, test.map_rows), {f: files for f, files in data.masks.items() if f in FINDINGS}
-    return pairs, score_pairs(test, pairs, self.rule, cut[pairs.finding], masks)
+    if ("pairs", method, mode) not in self._known:
+        pairs, masks = pairs_of(data, test.map_rows), {f: files for f, files in data.masks.items() if f in FINDINGS}
+        self._known["pairs", method, mode] = pairs, score_pairs(test, pairs, self.rule, cut[pairs.finding], masks)
+    return self._known["pairs", method, mode]
 
 # %% ../nbs/09c_results.ipynb #42a35d26
 @patch

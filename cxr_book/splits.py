@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'OFFICIAL', 'WHOLE', 'Split', 'stratify', 'official_split', 'paper001_split', 'Leak', 'leaks',
-           'without_patients', 'folds']
+           'without_patients', 'folds', 'LeakySplit']
 
 # %% ../nbs/03b_splits.ipynb #43008312
 from dataclasses import dataclass
@@ -35,6 +35,9 @@ class Split:
         sides = {side: _rows(getattr(self, side), len(self.patients), side) for side in SIDES}
         for side, rows in sides.items():
             object.__setattr__(self, side, rows)
+        self._check(sides)
+
+    def _check(self, sides: dict[str, np.ndarray]) -> None:
         _check_patients(sides, self.patients)
 
     def __str__(self) -> str:
@@ -232,3 +235,12 @@ def _patient_parts(radiographs: Radiographs, boxed: np.ndarray, k: int, seed: in
     np.add.at(counts, (codes[np.searchsorted(boxed, boxes["row"])], boxes["finding"]), 1)
     np.add.at(counts, (codes, len(FINDINGS)), 1)
     return stratify(counts, np.full(k, 1 / k), seed)[codes]
+
+# %% ../nbs/03b_splits.ipynb #d3c36892
+class LeakySplit(Split):
+    "A split by image: patients may be on two sides, to measure what that does; an image may not."
+
+    def _check(self, sides: dict[str, np.ndarray]) -> None:
+        rows, counts = np.unique(np.concatenate(list(sides.values())), return_counts=True)
+        for row in rows[counts > 1][:1]:
+            raise CxrError(f"row {row} is on two sides; by image, each row counts once")

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 # %% ../nbs/09a_transfer.ipynb #fd2f0dd7
 import cv2
 
+from .bodies import Body
 from .core import FINDINGS, Run, Settings, derive, digest, home
 from .data import Radiographs, read
 from .drawing import enclosing_box
 from .evaluation import auroc, patient_weights, predict, summarise
 from .images import ImageCache, build_cache
-from .layers import Body, Classifier, Output, bce
+from .layers import Classifier, Output, bce
 from .learner import Stage, make_fabric
 from .loader import Augment, Batch, Loader
 from .phantom import STRUCTURES, VERSION, PhantomSettings, draw_dataset
@@ -83,7 +84,7 @@ class Reader(nn.Module):
     def __init__(
         self,
         stage: Stage,  # how it is trained
-        body: str = "small-densenet",  # a key of `layers.BODIES`
+        body: str = "small-densenet",  # a key of `bodies.BODIES`
         looks: Randomise | None = None,  # random looks in training
         standardise: bool = True,  # take each image's mean and deviation away
         see: str = "all",  # a key of `SEE`

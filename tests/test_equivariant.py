@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from cxr_book import equivariant as eq
-from cxr_book.layers import count_parameters, read_weights
+from cxr_book.bodies import count_parameters
+from cxr_book.layers import read_weights
 from cxr_book.learner import make_optimizer, set_trainable, train_mode
 from cxr_book.loader import Batch
 from cxr_book.measure import in_turns

@@ -18,7 +18,7 @@ from cxr_book.localization import PAPER_RULES, detect
 from cxr_book.proposals import ProposalNet, ProposalSettings
 from cxr_book.study import open_study, predict_parts, pretrained
 
-SETTINGS = ProposalSettings.from_preset("smoke", pretrain_epochs=0)
+SETTINGS = ProposalSettings.from_preset("smoke", pretrain_epochs=0, anchors={}, bins=5)  # the paper's regions
 FIRST, SECOND = {"body", "pyramid", "saliency"}, {"regions", "crops"}
 
 

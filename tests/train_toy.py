@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from cxr_book.bodies import Body
 from cxr_book.core import Run, Settings
 from cxr_book.data import read
-from cxr_book.layers import BatchBCELoss, Body, Classifier
+from cxr_book.layers import BatchBCELoss, Classifier
 from cxr_book.learner import Learner, Stage, make_fabric
 from cxr_book.loader import Augment, Loader, build_cache
 from cxr_book.splits import official_split
