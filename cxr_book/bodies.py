@@ -99,7 +99,7 @@ _small_densenet = partial(
     _models.DenseNet, growth_rate=24, block_config=(1, 4, 7), num_init_features=16, bn_size=2, num_classes=1
 )
 _small_resnetv2 = partial(
-    ResNetV2, layers=[1, 1, 1], channels=(64, 128, 256), num_classes=0, stem_chs=16,
+    ResNetV2, layers=[1, 1, 1], channels=(32, 64, 128), num_classes=0, stem_chs=16, basic=True,
     conv_layer=create_conv2d, norm_layer=BatchNormAct2d,
 )  # fmt: skip
 BODIES = {
@@ -114,7 +114,7 @@ BODIES = {
     "small-resnet": BodySpec(_small_resnet, list, (32, 64, 128)),
     "small-resnet4": BodySpec(partial(_small_resnet, widths=(32, 64, 128, 256)), list, (32, 64, 128, 256)),
     "small-densenet": BodySpec(_small_densenet, _densenet_blocks, (40, 116, 226)),
-    "small-resnetv2": BodySpec(_small_resnetv2, _resnetv2_blocks, (64, 128, 256), "symmetric"),
+    "small-resnetv2": BodySpec(_small_resnetv2, _resnetv2_blocks, (32, 64, 128), "symmetric"),
 }
 
 # %% ../nbs/05a_bodies.ipynb #cd65b0cd

@@ -42,11 +42,11 @@ class LimitedSettings(PretrainSettings):
     blur: bool = True  # before each halving
     patches: int = Field(20, ge=2)  # P
     hidden: int = Field(512, ge=1)  # channels between the two convolutions
-    prior: float = Field(0.05, gt=0, lt=1)  # score of every patch before training
+    prior: float = Field(0.1, gt=0, lt=1)  # score of every patch before training
     form: Literal["relu", "sigmoid", "li", "li-heuristic"] = "relu"  # of the loss, a key of `LOSSES`
     lambda_ann: float = Field(70.0, gt=0)  # weight of a finding with a box
-    bounds: tuple[float, float, float, float] = (0.7, 0.05, 8.0, 4.0)  # tau, rho, tau-hat, rho-hat at the start
-    leash: float = Field(4.0, ge=1)  # the factor by which a fitted threshold may differ from its start
+    bounds: tuple[float, float, float, float] = (0.7, 0.05, 4.0, 2.0)  # tau, rho, tau-hat, rho-hat at the start
+    leash: float = Field(4.0, ge=1)  # the factor by which a fitted threshold may be stricter than its start
     met: float = Field(0.5, gt=0, lt=1)  # share of the training images that fitted thresholds let pass
     rounds: int = Field(2, ge=1)  # trainings of the patch scores; before each but the first the thresholds are fitted
     crf: bool = True
@@ -70,11 +70,11 @@ class LimitedSettings(PretrainSettings):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": dict(
             image_size=64, batch_size=8, epochs=(2, 1), pretrain_epochs=1, weights=None, n_boot=50, folds=2,
-            body="small-resnetv2", stride=8, patches=8, hidden=8, window=5, steps=2, features=2, bounds=(0.7, 0.05, 2, 1),
+            body="small-resnetv2", stride=8, patches=8, hidden=8, window=5, steps=2, features=2, bounds=(0.7, 0.05, 1, 1),
         ),
         "quick": dict(
-            image_size=128, batch_size=16, epochs=(16, 4), pretrain_epochs=14, weights=None, schedule="onecycle", lr=6e-3,
-            body="small-resnetv2", stride=8, hidden=64, window=9, steps=3, optimizer="adamw", crf_lr=0.01, tested=140,
+            image_size=128, batch_size=8, epochs=(16, 2), pretrain_epochs=14, weights=None, schedule="onecycle", lr=6e-3,
+            body="small-resnetv2", stride=8, hidden=64, window=9, steps=3, optimizer="adamw", crf_lr=3e-3, tested=70,
             augment=dict(flip=0.5, shift=0.05),
         ),
     }  # fmt: skip
@@ -207,17 +207,16 @@ def fit_bounds(
     now: Tensor,  # (4, K) the bounds as they are: they stay for a class without a case
     start: tuple[float, float, float, float],  # where all of them began
     met: float = 0.5,  # share of the images that meet the new ones
-    leash: float = 4.0,  # factor by which they may differ from the start
+    leash: float = 4.0,  # factor by which they may be stricter than that
 ) -> Tensor:  # (4, K)
-    "The strictest bounds that a share of the images meets, within the leash."
+    "The strictest bounds that a share of the images meets, never slacker than the start."
     shares = torch.tensor([1 - met, met, 1 - met, met])
     fitted = torch.stack([tallies[:, i].nanquantile(float(q), dim=0) for i, q in enumerate(shares)])
     fitted = torch.where(fitted.isnan(), now, fitted.to(now))
-    limits = torch.tensor(start).to(now)[:, None]
-    fitted = torch.maximum(torch.minimum(fitted, limits * leash), limits / leash)
-    fitted[0].clamp_(max=0.95)  # of the box's corners a round finding has nothing
-    fitted[3] = torch.minimum(fitted[3], fitted[2] / 2)
-    return fitted
+    slack = torch.tensor(start).to(now)[:, None]
+    strict = slack * torch.tensor([leash, 1 / leash, leash, 1 / leash]).to(now)[:, None]
+    strict[0].clamp_(max=0.95)  # of the box's corners a round finding has nothing
+    return torch.maximum(torch.minimum(fitted, torch.maximum(slack, strict)), torch.minimum(slack, strict))
 
 # %% ../nbs/13_limited.ipynb #b0fa873c
 ANSWERS = ("unary", "crf")  # the patch scores, and what the CRF makes of them
@@ -355,7 +354,7 @@ def predict_folds(study: Study, found: list[Fold], nets: list[nn.Module]) -> tup
     "Each fold's test images by the network that never saw them, in one; and the validation part by the first network."
     parts = []
     for fold, net in zip(found, nets):
-        here = replace(study, split=LeakySplit([], study.split.valid, fold.test, study.split.patients))
+        here = replace(study, split=Split([], study.split.valid, fold.test, study.split.patients))
         parts.append(predict_parts(here, net))
     tests = zip(*(astuple(test) for test, _ in parts))
     return Predictions(*map(np.concatenate, tests)), parts[0][1]
@@ -392,7 +391,7 @@ def train_ablations(study: Study, fold: Fold) -> dict[str, PatchNet]:
     changes = {
         "sigmoid": dict(form="sigmoid"), "Li et al.": dict(form="li", lambda_ann=5.0),
         "Li et al., 0.98": dict(form="li-heuristic", lambda_ann=5.0), "no blur": dict(blur=False),
-        "lambda 7": dict(lambda_ann=7.0), "lambda 700": dict(lambda_ann=700.0), "fixed thresholds": dict(leash=1.0),
+        "lambda 7": dict(lambda_ann=7.0), "fixed thresholds": dict(leash=1.0),
     }  # fmt: skip
     folders = {name: "ablation-" + "".join(c if c.isalnum() else "-" for c in name.lower()) for name in changes}
     return {name: fit_fold(study, fold, folders[name], s.but(**change))[0] for name, change in changes.items()}

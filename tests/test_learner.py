@@ -87,6 +87,48 @@ def learner_without_data(folder):
     return run, Learner(Toy(), NoData(), NoData(), run, [Stage(epochs=0)], fabric=make_fabric("cpu"))
 
 
+class Staged(Toy):
+    "Three stages without an epoch; `begin` leaves a trace in a buffer, and may be cut off."
+
+    def __init__(self, cut=""):
+        super().__init__()
+        self.cut, self.begun = cut, []
+        self.register_buffer("seen", torch.tensor(0.0))
+
+    def begin(self, stage, train):
+        self.begun.append((stage, train))
+        self.seen += 1
+        if stage == self.cut:
+            raise RuntimeError("power cut")
+
+    def stages(self):
+        return [Stage(name=name, epochs=0) for name in "abc"]
+
+
+def staged(folder, stages=None, cut=""):
+    return Learner(Staged(cut), NoData(), NoData(), Run(folder, Settings()), stages, fabric=make_fabric("cpu"))
+
+
+def test_stages_may_be_some_of_the_methods_own(tmp_path):
+    some = (None, "abc"), (slice(1), "a"), (slice(1, None), "bc"), (slice(-1, None), "c"), ([Stage(name="d")], "d"), ([], "")
+    for stages, names in some:
+        assert [stage.name for stage in staged(tmp_path / "run", stages).stages] == [*names]
+    learner = staged(tmp_path / "run", slice(1, None))
+    learner.fit()
+    assert learner.method.begun == [("b", learner.whole), ("c", learner.whole)]
+
+
+def test_a_kill_while_a_stage_begins_loses_only_that(tmp_path):
+    cut = staged(tmp_path / "run", cut="b")
+    with pytest.raises(RuntimeError, match="power cut"):
+        cut.fit()
+    again, finished = staged(tmp_path / "run"), staged(tmp_path / "run")
+    again.fit()
+    assert [stage for stage, _ in again.method.begun] == ["b", "c"] and again.method.seen == 3  # a's, from the state
+    finished.fit()
+    assert finished.method.begun == [] and finished.method.seen == 3
+
+
 def test_a_foreign_state_is_refused(tmp_path):
     run, learner = learner_without_data(tmp_path / "run")
     torch.save({"model": os.system}, run.state / "last.pt")  # a pickle that names a function

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cxr_book.core import CxrError
 from cxr_book.data import NO_BOXES, Radiographs, read
-from cxr_book.splits import SIDES, Split, folds, leaks, official_split, paper001_split, stratify, without_patients
+from cxr_book.splits import SIDES, LeakySplit, Split, folds, leaks, official_split, paper001_split, stratify, without_patients
 
 REAL = Path(__file__).parents[1] / ".." / "shared" / "chestxray14"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="../shared/chestxray14 is not here")
@@ -124,6 +124,22 @@ def test_a_split_names_the_patient_and_refuses_other_nonsense():
     ):  # fmt: skip
         with pytest.raises(CxrError, match=words):
             Split(*rows, patients=who)
+
+
+@given(ids, st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_leaky_split_lets_patients_be_on_two_sides_and_no_image(patients, data):
+    n = len(patients)
+    sides = [data.draw(st.lists(st.integers(0, n - 1), max_size=n, unique=True)) for _ in SIDES]
+    if len(set().union(*sides)) < sum(map(len, sides)):
+        with pytest.raises(CxrError, match="on two sides"):
+            LeakySplit(*sides, patients)
+    else:
+        split = LeakySplit(*sides, patients)
+        assert [getattr(split, side).tolist() for side in SIDES] == sides and isinstance(split, Split)
+    for rows in ([0, 0], [n], [-1], [0.5]):
+        with pytest.raises(CxrError, match="train"):
+            LeakySplit(rows, [], [], patients)
 
 
 def test_a_split_cannot_be_changed_afterwards():
