@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor, nn
 
 from .bodies import Body, blur_pool
@@ -28,10 +28,10 @@ from .data import Radiographs
 from .evaluation import Predictions, pairs_of
 from .layers import Output
 from .learner import Stage
-from .loader import Augment, move_boxes
-from .localization import area, box_patches
+from .loader import move_boxes
+from .localization import Share, area, box_patches
 from .splits import LeakySplit, Split, folds
-from .study import PretrainSettings, Study, fit, predict_parts
+from .study import PretrainSettings, Study, fit, predict_parts, pretrained
 
 # %% ../nbs/13_limited.ipynb #b29d343b
 class LimitedSettings(PretrainSettings):
@@ -45,7 +45,7 @@ class LimitedSettings(PretrainSettings):
     prior: float = Field(0.1, gt=0, lt=1)  # score of every patch before training
     form: Literal["relu", "sigmoid", "li", "li-heuristic"] = "relu"  # of the loss, a key of `LOSSES`
     lambda_ann: float = Field(70.0, gt=0)  # weight of a finding with a box
-    bounds: tuple[float, float, float, float] = (0.7, 0.05, 4.0, 2.0)  # tau, rho, tau-hat, rho-hat at the start
+    bounds: tuple[Share, Share, NonNegativeFloat, NonNegativeFloat] = (0.7, 0.05, 4.0, 2.0)  # tau, rho, tau-hat, rho-hat at the start
     leash: float = Field(4.0, ge=1)  # the factor by which a fitted threshold may be stricter than its start
     met: float = Field(0.5, gt=0, lt=1)  # share of the training images that fitted thresholds let pass
     rounds: int = Field(2, ge=1)  # trainings of the patch scores; before each but the first the thresholds are fitted
@@ -148,7 +148,7 @@ def log_any(
         log_h = torch.where(logits < -15, logits, F.softplus(logits.clamp(min=-15)).log())
     log_s = log_h.flatten(2).logsumexp(2)
     s = log_s.exp()
-    return torch.where(s < 0.01, log_s - s / 2, torch.log(-torch.expm1(-s.clamp(min=0.01)))), s
+    return torch.where(s < 0.01, log_s - s / 2 + s * s / 24, torch.log(-torch.expm1(-s.clamp(min=0.01)))), s
 
 
 def li_terms(logits, y, b, bounds=None, gamma=1.0, floor=0.0) -> tuple[Tensor, Tensor]:
@@ -215,7 +215,7 @@ def fit_bounds(
     fitted = torch.where(fitted.isnan(), now, fitted.to(now))
     slack = torch.tensor(start).to(now)[:, None]
     strict = slack * torch.tensor([leash, 1 / leash, leash, 1 / leash]).to(now)[:, None]
-    strict[0].clamp_(max=0.95)  # of the box's corners a round finding has nothing
+    strict[0].clamp_(max=max(0.95, start[0]))  # of the box's corners a round finding has nothing
     return torch.maximum(torch.minimum(fitted, torch.maximum(slack, strict)), torch.minimum(slack, strict))
 
 # %% ../nbs/13_limited.ipynb #b0fa873c
@@ -366,7 +366,7 @@ def train_limited(
 ) -> dict[str, list[tuple[PatchNet, list[dict[str, Any]]]]]:
     "Both experiments of Table 1: no unannotated images, and a share of them."
     s = pretrained(study, study.settings.body)
-    shares = {"un=0%": 0.0, f"un={s.unannotated:.0%}": s.unannotated}
+    shares = {"un=0%": 0.0, f"un={100 * s.unannotated:g}%": s.unannotated}
     return {name: train_folds(study, found, name.replace("=", "").replace("%", ""), s, share=share) for name, share in shares.items()}
 
 
