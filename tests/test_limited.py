@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
+from steps import step
+
 from cxr_book import limited
 from cxr_book import study as studies
 from cxr_book.bodies import BODIES
@@ -497,13 +499,7 @@ def test_views_are_answers_of_one_network():
 def test_what_learns_in_which_stage(stage, learns):
     net, batch = net_of(Given()), batch_of()
     stage = net.stages()[stage]
-    opt = make_optimizer(stage.but(lr=1e-2), set_trainable(net, stage.trainable))
-    train_mode(net)
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    losses = net.loss(batch, stage.name)
-    losses["loss"].backward()
-    opt.step()
-    changed = {k.split(".")[0] for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
+    losses, changed = step(net, batch, stage)
     assert changed == learns and torch.isfinite(losses["loss"])  # neither weights, moving statistics nor bounds of the rest
     assert all((p.grad is not None and p.grad.isfinite().all()) == p.requires_grad for p in net.parameters())
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from steps import step
+
 from cxr_book import proposals
 from cxr_book.core import CxrError
 from cxr_book.evaluation import thresholds_for
@@ -123,13 +125,7 @@ def test_the_largest_component_is_opencvs():
 def test_what_learns_in_which_stage(stage, learns):
     net, batch = net_of(), batch_of()
     stage = net.stages()[stage]
-    opt = make_optimizer(stage.but(lr=1e-2), set_trainable(net, stage.trainable))
-    train_mode(net)
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    losses = net.loss(batch, stage.name)
-    losses["loss"].backward()
-    opt.step()
-    changed = {k.split(".")[0] for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
+    losses, changed = step(net, batch, stage)
     assert changed == learns  # neither weights nor moving statistics of the rest
     parts = [losses[k] for k in ("cls", "rpn") if k in losses]
     expected = {"classify": parts[0], "detect": parts[-1], "joint": sum(parts)}[stage.name]
