@@ -221,7 +221,7 @@ def fit_bounds(
 # %% ../nbs/13_limited.ipynb #b0fa873c
 ANSWERS = ("unary", "crf")  # the patch scores, and what the CRF makes of them
 
-
+# %% ../nbs/13_limited.ipynb #1760bf7d
 class PatchNet(nn.Module):
     "The model of paper 003; images (B, 1, H, W) in 0..1 -> `Output` with maps (B, K, P, P) of logits."
 
@@ -261,7 +261,7 @@ class PatchNet(nn.Module):
             return Output(some + s, maps, dict(unary=unary))  # log-odds of at least one patch
         return Output(maps.sigmoid().sum((2, 3)) - self.bounds[2], maps, dict(unary=unary))  # what Eq. 6 looks at
 
-# %% ../nbs/13_limited.ipynb #1760bf7d
+# %% ../nbs/13_limited.ipynb #7422b6f4
 @patch
 def view(
     self: PatchNet,
@@ -287,7 +287,7 @@ def loss(self: PatchNet, batch, stage: str) -> dict[str, Tensor]:
     parts = dict(annotated=annotated.detach(), unannotated=unannotated.detach())
     return dict(loss=annotated + unannotated, **parts, logits=out.logits.detach())
 
-
+# %% ../nbs/13_limited.ipynb #f6390a73
 @patch
 @torch.no_grad()
 def begin(self: PatchNet, stage: str, train) -> None:
@@ -338,7 +338,7 @@ def fit_fold(
     annotations = Annotations(data, np.sort(open_), settings.patches)
     return fit(here, name, lambda: PatchNet(settings, data.labels[rows], annotations))
 
-
+# %% ../nbs/13_limited.ipynb #035f9cc1
 def train_folds(
     study: Study,
     found: list[Fold],
