@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EPSILON', 'FORMS', 'pixel_keys', 'correlate_plain', 'block_shape', 'symmetric_product', 'affinity_block',
            'gradient_block', 'AffinityProduct', 'correlate', 'max_normalise', 'winner_only', 'PixelCorrelation',
-           'correlation_costs', 'growth', 'show_costs']
+           'correlation_costs', 'growth', 'show_growth']
 
 # %% ../nbs/05b_correlation.ipynb #0555a384
 from functools import partial
@@ -214,7 +214,7 @@ def growth(
     return {form: float(np.polyfit(2 * np.log(rows["size"]), np.log(rows[what]), 1)[0]) for form, rows in fits.items()}
 
 # %% ../nbs/05b_correlation.ipynb #f12d4855
-def show_costs(
+def show_growth(
     axes,  # two matplotlib axes: memory and time
     costs: pd.DataFrame,  # of `correlation_costs`
 ):

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'GaussianKernel', 'kernel_of', 'messages_unfold', 'CrfMessages', 'messages', 'mean_field', 'gaussian_start',
-           'PacCRF', 'FeatureBranch', 'crf_costs', 'show_crf_costs']
+           'PacCRF', 'FeatureBranch', 'crf_costs']
 
 # %% ../nbs/05d_crf.ipynb #15d2b5d9
 from functools import partial, reduce
 from typing import Callable, Iterator
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -315,19 +314,3 @@ def crf_costs(
         jobs = {name: partial(_crf_pass, form, steps, *tensors) for name, form in FORMS.items()}
         tables[what] = compare_costs(jobs, device, rounds)
     return pd.concat(tables, names=["what", "form"]).swaplevel().reset_index()
-
-# %% ../nbs/05d_crf.ipynb #e2711ac8
-def show_crf_costs(
-    axes,  # two matplotlib axes: memory and time
-    costs: pd.DataFrame,  # of `crf_costs`
-):
-    "Draw memory and time of both forms as bars, grouped by what they compute; return `axes`."
-    for ax, value, unit, label in zip(axes, ("bytes", "seconds"), (2**20, 1), ("peak MB", "seconds")):
-        table = costs.pivot(index="what", columns="form", values=value).loc[costs["what"].unique()] / unit
-        for x, form, colour in zip((-0.2, 0.2), FORMS, ("C1", "C0")):
-            bars = ax.bar(np.arange(len(table)) + x, table[form], 0.36, color=colour, label=form)
-            ax.bar_label(bars, fmt="{:.0f}" if value == "bytes" else "{:.2g}", fontsize=7)
-        ax.set_xticks(range(len(table)), table.index)
-        ax.set(ylabel=label)
-    axes[0].legend(frameon=False)
-    return axes

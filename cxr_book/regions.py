@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['SITUATIONS', 'CHOICES', 'Anchors', 'decode', 'encode', 'align_plain', 'aligners', 'align_lattice', 'regions_apart',
-           'InChunks', 'RegionHead', 'region_scores_plain', 'region_costs', 'show_region_costs', 'pick', 'crop',
-           'average_regions']
+           'InChunks', 'RegionHead', 'region_scores_plain', 'region_costs', 'pick', 'crop', 'average_regions']
 
 # %% ../nbs/05c_regions.ipynb #022c0120
 import math
 from functools import lru_cache, partial
 from typing import Callable
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -297,25 +295,6 @@ def region_costs(
             jobs[name] = partial(_region_pass, form, situation, params, features, saliency)
         tables[situation] = compare_costs(jobs, device, rounds)
     return pd.concat(tables, names=["situation", "form"]).reset_index()
-
-# %% ../nbs/05c_regions.ipynb #84beae29
-def show_region_costs(
-    axes,  # two matplotlib axes: memory and time
-    costs: pd.DataFrame,  # of `region_costs`
-):
-    "Draw memory and time of each form as bars, grouped by situation; return `axes`."
-    for ax, what, unit, label in zip(axes, ("bytes", "seconds"), (2**20, 1), ("peak MB", "seconds")):
-        forms = list(costs["form"].unique())
-        table = costs.pivot(index="situation", columns="form", values=what) / unit
-        table = table.loc[list(SITUATIONS), forms]
-        for i, (form, colour) in enumerate(zip(forms, ("0.7", "C1", "C0"))):
-            at = np.arange(len(table)) + 0.27 * (i - 1)
-            bars = ax.bar(at, table[form], 0.25, color=colour, label=form)
-            ax.bar_label(bars, fmt="{:.0f}" if what == "bytes" else "{:.2g}", fontsize=7)
-        ax.set_xticks(range(len(table)), [name.replace(" ", "\n") for name in table.index])
-        ax.set(ylabel=label)
-    axes[0].legend(frameon=False)
-    return axes
 
 # %% ../nbs/05c_regions.ipynb #f79242b4
 CHOICES = ("straight-through", "soft")

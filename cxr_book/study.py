@@ -77,7 +77,8 @@ class Study:
         still = Augment(centre_crop=s.augment.centre_crop, out_size=s.augment.out_size)
         size = min(s.batch_size, max(len(rows), 1))
         how = dict(augment=s.augment, shuffle=True, drop_last=True) if augmented else dict(augment=still)
-        return Loader(self.cache, self.radiographs, rows, size, device=self.fabric.device, seed=s.seed, **how)
+        how |= dict(device=self.fabric.device, seed=s.seed, masks=True)  # those that the cache has
+        return Loader(self.cache, self.radiographs, rows, size, **how)
 
 # %% ../nbs/09_study.ipynb #9d1c4f02
 def open_study(
@@ -163,7 +164,9 @@ def pretrained(study: Study, body: str, criterion: Callable = bce) -> PretrainSe
     if not study.settings.pretrain_epochs:
         return study.settings
     file = study.run.folder / f"pretrained-{body}" / "body.safetensors"
-    return study.settings.but(weights=str(save_weights(pretrain(study, body, criterion).body, file)))
+    if not file.exists():
+        save_weights(pretrain(study, body, criterion).body, file)
+    return study.settings.but(weights=str(file))
 
 # %% ../nbs/09_study.ipynb #99fc0953
 def predict_parts(

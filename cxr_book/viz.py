@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRUTH', 'PREDICTION', 'HEAT', 'LIMIT', 'style', 'show_image', 'show_heat', 'show_boxes', 'Panel', 'caption',
            'png_bytes', 'show_panel', 'show_panels', 'show_gallery', 'show_batch', 'show_masks', 'show_roc',
-           'show_losses', 'show_bars', 'Markdown', 'table', 'paper_column', 'comparison_table']
+           'show_losses', 'show_bars', 'show_costs', 'Markdown', 'table', 'paper_column', 'comparison_table']
 
 # %% ../nbs/08_viz.ipynb #364f6586
 import io
@@ -231,7 +231,7 @@ def show_roc(
     y,  # (N, K) labels
     scores,  # (N, K) probabilities or logits
     names: Sequence[str] = FINDINGS,  # of the K columns
-    thresholds=None,  # (K,) operating points, chosen on validation images
+    thresholds=None,  # (K,) operating points, chosen on validation images; NaN: none
     title: str = "",
 ):
     "ROC curves, one for each finding, and their areas; return the figure."
@@ -248,7 +248,7 @@ def show_roc(
             continue
         fpr, tpr, at = roc_curve(y[:, k], scores[:, k], drop_intermediate=thresholds is None)
         ax.plot(fpr, tpr, color=color, lw=1.2, label=f"{roc_auc_score(y[:, k], scores[:, k]):.3f} {label}")
-        if thresholds is not None:
+        if thresholds is not None and np.isfinite(thresholds[k]):
             i = np.flatnonzero(at >= thresholds[k])[-1]
             ax.plot(fpr[i], tpr[i], "o", color=color, ms=4)
     ax.plot([0, 1], [0, 1], color="0.7", lw=1, ls="--")
@@ -319,6 +319,33 @@ def _ordered(frames) -> list[str]:
     "All findings of `frames` in the book's order, then the other rows (means) as they come."
     names = list(dict.fromkeys(name for frame in frames for name in frame.index))
     return [f for f in FINDINGS if f in names] + [n for n in names if n not in FINDINGS]
+
+# %% ../nbs/08_viz.ipynb #1b8b90a9
+def show_costs(
+    axes,  # two matplotlib axes: memory and time
+    costs: pd.DataFrame,  # columns `form`, `bytes`, `seconds`, and that of the groups
+    rows: str,  # the column of the groups
+    forms: Sequence[str] | None = None,  # which forms, ours last; None: all, in the frame's order
+):
+    "Draw peak memory and time as bars, grouped by `rows`, a colour for each form; return `axes`."
+    if missing := [c for c in (rows, "form", "bytes", "seconds") if c not in costs]:
+        raise CxrError(f"costs: no column {missing[0]!r}; {did_you_mean(missing[0], costs.columns)}")
+    known = list(costs["form"].unique())
+    forms = known if forms is None else list(forms)
+    for form in set(forms) - set(known):
+        raise CxrError(f"forms: {form!r}: {did_you_mean(form, known)}")
+    groups, width = list(costs[rows].unique()), 0.8 / len(forms)
+    kinds = (("bytes", 2**20, "peak MB", "{:.0f}"), ("seconds", 1, "seconds", "{:.2g}"))
+    for ax, (what, unit, label, digits) in zip(axes, kinds):
+        grid = costs.pivot(index=rows, columns="form", values=what).loc[groups] / unit
+        for i, form in enumerate(forms):
+            x = np.arange(len(groups)) + (i - (len(forms) - 1) / 2) * width
+            bars = ax.bar(x, grid[form], 0.92 * width, color=f"C{len(forms) - 1 - i}", label=form)
+            ax.bar_label(bars, fmt=digits, fontsize=7)
+        ax.set_xticks(range(len(groups)), [str(group).replace(" ", "\n") for group in groups])
+        ax.set(ylabel=label)
+    axes[0].legend(frameon=False)
+    return axes
 
 # %% ../nbs/08_viz.ipynb #3428de9b
 class Markdown(str):

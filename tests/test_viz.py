@@ -184,6 +184,30 @@ def test_bars_show_the_interval_and_leave_gaps():
         V.show_bars({"ours": pd.DataFrame(dict(mean=[1.0]))})
 
 
+def test_bars_of_costs_stand_by_group_and_form():
+    names = [(group, form) for group in ("frozen body", "all") for form in ("z", "y", "x")]
+    costs = pd.DataFrame(names, columns=["what", "form"])
+    costs = costs.assign(bytes=np.arange(1, 7) * 2**20, seconds=np.arange(6) / 10)
+    _, axes = plt.subplots(1, 2)
+    assert V.show_costs(axes, costs.iloc[[2, 0, 1, 3, 5, 4]], "what", ["z", "y", "x"]) is axes
+    for ax, values, label in zip(axes, (range(1, 7), costs.seconds), ("peak MB", "seconds")):
+        bars = sorted(ax.patches, key=lambda bar: bar.get_x())  # from left to right: group by group, form by form
+        assert [bar.get_height() for bar in bars] == pytest.approx([*values]) and ax.get_ylabel() == label
+        assert all(a.get_x() + a.get_width() < b.get_x() for a, b in zip(bars, bars[1:]))
+        assert len({bar.get_facecolor() for bar in bars[:3]}) == 3 and len(ax.texts) == 6
+        assert [bar.get_facecolor() for bar in bars[:3]] == [bar.get_facecolor() for bar in bars[3:]]
+        assert [t.get_text() for t in ax.get_xticklabels()] == ["frozen\nbody", "all"]
+    assert [t.get_text() for t in axes[0].get_legend().get_texts()] == ["z", "y", "x"] and axes[1].get_legend() is None
+
+    _, axes = plt.subplots(1, 2)
+    V.show_costs(axes, costs, "what", ["y", "z"])
+    assert [bar.get_height() for bar in axes[0].patches] == [2, 5, 1, 4]
+    assert [to_rgb(bar.get_facecolor()) for bar in axes[0].patches[::2]] == [to_rgb("C1"), to_rgb("C0")]
+    for bad, match in ((dict(rows="whet"), "what"), (dict(rows="what", forms=["w"]), "known: z, y, x")):
+        with pytest.raises(CxrError, match=match):
+            V.show_costs(axes, costs, **bad)
+
+
 # ---------------------------------------------------------------- tables
 
 
