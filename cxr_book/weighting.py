@@ -17,12 +17,13 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from joblib import Parallel, delayed
 from pydantic import Field
 from torch import Tensor, nn
 
 from .bodies import Body
-from .core import FINDINGS, NO_FINDING, atomic, derive, digest, home, progress
-from .course import plan
+from .core import FINDINGS, NO_FINDING, atomic, derive, digest, home, n_cpus, progress
+from .course import Visit, plan
 from .drawing import Drawing, draw_image, enclosing_box
 from .evaluation import Predictions, auroc, heat_of, pairs_of, patient_weights
 from .guided import ExcitedClassifier, GuidedNet
@@ -39,13 +40,13 @@ from .study import PretrainSettings, Study, fit, open_study, pretrained
 SMALLER = {
     "smoke": dict(
         image_size=64, augment=dict(), batch_size=8, epochs=1, guided_epochs=1, pretrain_epochs=1, weights=None, n_boot=50,
-        body="small-densenet", second_body="small-resnet", trial_images=40,
+        body="small-densenet", second_body="small-resnet", trial_images=60,
         segmentation=dict(image_size=64, width=4, depth=3, epochs=2, bce=0.0),
     ),
     "quick": dict(
-        image_size=128, augment=dict(flip=0.5, shift=0.05), batch_size=32, epochs=6, guided_epochs=3, lr=2e-3,
-        pretrain_epochs=14, schedule="onecycle", weights=None, body="small-densenet", second_body="small-resnet",
-        segmentation=dict(image_size=64, width=8, epochs=6, bce=0.0), trial_images=800,
+        image_size=128, augment=dict(flip=0.5, shift=0.05), batch_size=32, epochs=6, guided_epochs=3, lr=3e-3,
+        pretrain_epochs=18, schedule="onecycle", weights=None, body="small-densenet", second_body="small-resnet",
+        segmentation=dict(image_size=64, width=8, epochs=6, bce=0.0), trial_images=640,
     ),
 }  # fmt: skip
 
@@ -288,44 +289,50 @@ def move_out(
 KINDS = ("inside", "outside", "none", "none")  # of the images of the first trial, in turn
 
 
+def _draw_case(settings: PhantomSettings, visit: Visit, kind: str, finding: str) -> tuple[np.ndarray, np.ndarray] | None:
+    "An image and the box of its finding; None where the finding could not be moved."
+    draw = partial(draw_image, settings, visit.patient, visit.follow_up)
+    others = tuple(f for f in visit.findings if f != finding)
+    if kind == "none":
+        return draw(findings=others).image, np.full(4, np.nan)
+    ill = draw(findings=(*others, finding))
+    if kind == "inside":
+        return ill.image, ill.boxes[finding]
+    rng = np.random.default_rng(derive(settings.seed, "moved", visit.patient, visit.follow_up))
+    return move_out(ill, draw(findings=others), finding, rng)
+
+
 def draw_moved(
     settings: PhantomSettings,
     finding: str = "Mass",
 ) -> Path:
-    "A folder of radiographs of which a quarter has the finding, another quarter outside of lungs and heart; drawn once."
+    "A folder of radiographs: a quarter with the finding, a quarter with it outside of lungs and heart; drawn once."
     folder = home() / "data" / f"moved-{finding}-{digest([VERSION, settings.digest, finding])}"
     if (folder / "images.csv").exists():
         return folder
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    lines = []
-    for i, visit in progress(list(enumerate(plan(settings))), f"drawing {finding} inside, outside, and none"):
-        others, kind, box = tuple(f for f in visit.findings if f != finding), KINDS[i % 4], [""] * 4
-        drawn = draw_image(settings, visit.patient, visit.follow_up, findings=others)
-        image = drawn.image
-        if kind != "none":
-            ill = draw_image(settings, visit.patient, visit.follow_up, findings=(*others, finding))
-            image, box = ill.image, ill.boxes[finding]
-            if kind == "outside":
-                rng = np.random.default_rng(derive(settings.seed, "moved", visit.patient, visit.follow_up))
-                image, box = move_out(ill, drawn, finding, rng) or (None, None)
-        if image is None:
-            continue
-        with atomic(folder / "images" / visit.name) as part:
-            part.write_bytes(cv2.imencode(".png", image)[1].tobytes())
-        lines.append([visit.name, visit.patient, visit.view, NO_FINDING if kind == "none" else finding, kind, *box])
+    visits, lines = plan(settings), []
+    kinds = [KINDS[i % len(KINDS)] for i in range(len(visits))]
+    jobs = (delayed(_draw_case)(settings, visit, kind, finding) for visit, kind in zip(visits, kinds))
+    cases = progress(Parallel(n_cpus(), return_as="generator")(jobs), f"drawing {finding} inside, outside, and none", len(visits))
+    for visit, kind, case in zip(visits, kinds, cases):
+        if case:
+            with atomic(folder / "images" / visit.name) as part:
+                part.write_bytes(cv2.imencode(".png", case[0])[1].tobytes())
+            lines.append([visit.name, visit.patient, visit.view, NO_FINDING if kind == "none" else finding, kind, *case[1]])
     table = pd.DataFrame(lines, columns=["image", "patient", "view", "labels", "kind", "x0", "y0", "x1", "y1"])
     with atomic(folder / "images.csv") as part:
         table.to_csv(part, index=False)
     return folder
 
-# %% ../nbs/14_weighting.ipynb #59443089
+# %% ../nbs/14_weighting.ipynb #2f60e345
+ARMS = {"nothing": dict(weigh="nothing"), "features": dict(weigh="features"), "pixels": dict(weigh="pixels")}
+
+
 def open_trial(study: Study, segmenter: Segmenter, root: Path, name: str) -> Study:
     "A study of other images, with their masks, inside the chapter's run folder."
     settings = study.settings.but(data_root=str(root))
     return with_organs(open_study(settings, name, study.run.folder / f"trial-{name}"), segmenter)
-
-
-ARMS = {"nothing": dict(weigh="nothing"), "features": dict(weigh="features"), "pixels": dict(weigh="pixels")}
 
 
 def run_trial(
