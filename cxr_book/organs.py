@@ -57,15 +57,17 @@ def segmentation_scores(
     n_boot: int = 1000,
     fabric: Fabric | None = None,
 ) -> pd.DataFrame:
-    "value, low, high, n by structure and metric; the last row is the error of the cardiothoracic ratio."
+    "value, low, high, n by structure and metric; last the error of the cardiothoracic ratio, if all it needs is there."
     fabric, s = fabric or make_fabric("cpu", "32-true"), segmenter.settings
     loader = mask_loader(data, rows, s, names, fabric.device)
     found, truth = segment(segmenter.to(fabric.device), loader, fabric)
     who = data.table["patient"].to_numpy()[loader.rows.numpy()]
     cells = {(structure, name): mean_cell(metric(found[:, i], truth[:, i]), who, n_boot)
              for i, structure in enumerate(s.structures) for name, metric in (("Dice", dice), ("IoU", iou))}  # fmt: skip
-    ratios = [[cardiothoracic_ratio(*masks[[s.structures.index(o) for o in ORGANS]]) for masks in m] for m in (found, truth)]
-    cells["cardiothoracic ratio", "error"] = mean_cell(np.abs(np.subtract(*ratios)), who, n_boot)
+    if set(ORGANS) <= set(s.structures):
+        at = [s.structures.index(organ) for organ in ORGANS]
+        ratios = [[cardiothoracic_ratio(*masks[at]) for masks in m] for m in (found, truth)]
+        cells["cardiothoracic ratio", "error"] = mean_cell(np.abs(np.subtract(*ratios)), who, n_boot)
     return pd.DataFrame(cells).T.rename_axis(["structure", "metric"])
 
 # %% ../nbs/09e_organs.ipynb #4fc16afd
@@ -115,11 +117,11 @@ def judge(
     n_boot: int = 1000,
 ) -> dict[str, Any]:
     "Scores of a run's segmenter on other radiographs, with what it is and the stamp; written to `out`."
-    segmenter, data = trained_segmenter(run), read_masked(masks)
+    segmenter, data = trained_segmenter(run), mask_data(masks)
     scores = segmentation_scores(segmenter, data, n_boot=n_boot).reset_index()
     settings = segmenter.settings.model_dump(mode="json")
     made = stamp(settings, data.fingerprint, make_fabric("cpu", "32-true").device)
-    result = dict(settings=settings, images=len(data), scores=scores.to_dict("records"), stamp=made)
+    result = dict(settings=settings, images=int(data.present.sum()), scores=scores.to_dict("records"), stamp=made)
     return read_json(write_json(out or reported_file("organs_real.json"), result))
 
 # %% ../nbs/09e_organs.ipynb #5dc497f6
@@ -134,8 +136,8 @@ def app() -> None:
     ):
         "Judge a segmenter on radiographs that it has not learnt from."
         try:
-            for line in judge(run, masks, out)["scores"]:
-                print(f"{line['structure']}, {line['metric']}: {line['value']:.3f} [{line['low']:.3f}, {line['high']:.3f}]")
+            scores = pd.DataFrame(judge(run, masks, out)["scores"]).set_index(["structure", "metric"])
+            print(scores.astype(float).round(3).to_string())
         except CxrError as e:
             raise SystemExit(f"error: {e}") from None
 

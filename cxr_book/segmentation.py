@@ -226,6 +226,9 @@ def fit_segmenter(
     "The trained segmenter and its history; no image of the test list is looked at."
     fabric = fabric or make_fabric()
     split = official_split(radiographs, valid=settings.valid, seed=settings.seed)
+    for part in ("train", "valid"):
+        if not len(getattr(split, part)):
+            raise CxrError(f"{radiographs.root}: no image of the {part} part is there; add images, or change valid = {settings.valid}")
     how = dict(settings=settings, device=fabric.device)
     train, valid = (
         mask_loader(radiographs, split.train, augmented=True, **how),

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .bodies import Body
-from .core import FINDINGS, NO_FINDING, atomic, derive, digest, home, n_cpus, progress
+from .core import FINDINGS, NO_FINDING, CxrError, atomic, derive, digest, home, n_cpus, progress
 from .course import Visit, plan
 from .drawing import Drawing, draw_image, enclosing_box
 from .evaluation import Predictions, auroc, heat_of, pairs_of, patient_weights
@@ -44,8 +44,8 @@ SMALLER = {
         segmentation=dict(image_size=64, width=4, depth=3, epochs=2, bce=0.0),
     ),
     "quick": dict(
-        image_size=128, augment=dict(flip=0.5, shift=0.05), batch_size=32, epochs=6, guided_epochs=3, lr=3e-3,
-        pretrain_epochs=18, schedule="onecycle", weights=None, body="small-densenet", second_body="small-resnet",
+        image_size=128, augment=dict(flip=0.5, shift=0.05), batch_size=32, epochs=8, guided_epochs=3, lr=3e-3,
+        pretrain_epochs=20, schedule="onecycle", weights=None, body="small-densenet", second_body="small-resnet",
         segmentation=dict(image_size=64, width=8, epochs=6, bce=0.0), trial_images=640,
     ),
 }  # fmt: skip
@@ -103,6 +103,8 @@ class MultiScaleAttention(nn.Module):
 
 def attend(body: Body) -> Body:
     "Put a multi-scale attention between a body's normalisation and its first convolution; changed in place."
+    if isinstance(body.grey, nn.Sequential):
+        raise CxrError(f"body = {body.name!r} has its attention already; attend a body once")
     body.grey = nn.Sequential(body.grey, MultiScaleAttention())
     return body
 
@@ -137,7 +139,7 @@ class WeightedNet(nn.Module):
     def organs(self, x: Tensor) -> Tensor:
         "1 in lungs and heart, 0 elsewhere, (B, 1, H, W)."
         s, step = self.settings, 2**self.settings.segmentation.depth
-        side = [step * round(n * s.segmentation.image_size / s.image_size / step) for n in x.shape[2:]]
+        side = [step * max(1, round(n * s.segmentation.image_size / s.image_size / step)) for n in x.shape[2:]]
         inside = (self.segmenter(F.interpolate(x, size=side, mode="area")) > 0).any(1, keepdim=True)
         return F.interpolate(inside.to(x.dtype), size=x.shape[2:])
 
@@ -253,7 +255,7 @@ def compare_arms(
     "Mean AUROC of each arm and what the arm adds to the first one, with intervals over patients, on the same resamples."
     position, counts = patient_weights(patients, n_boot, seed)
     weights = np.concatenate([np.ones((1, len(y))), counts[:, position]])
-    areas = {arm: np.nanmean(auroc(y, z, weights), 1) for arm, z in logits.items()}  # (1 + n_boot,)
+    areas = {arm: np.ma.masked_invalid(auroc(y, z, weights)).mean(1).filled(np.nan) for arm, z in logits.items()}  # (1 + n_boot,)
     first, rows = next(iter(areas.values())), {}
     for arm, area in areas.items():
         ends = [np.nanpercentile(a[1:], (2.5, 97.5)) if n_boot else (np.nan, np.nan) for a in (area, area - first)]

@@ -292,6 +292,8 @@ def test_scores_are_counted_pixel_by_pixel(drawn, monkeypatch, names):
     truth = segment(at_half(), mask_loader(drawn, rows, SETTINGS))[1]
     found = np.roll(truth, 3, -1)
     found[:, :2] &= np.random.default_rng(0).random(found[:, :2].shape) < 0.9
+    found[0, 2] |= np.roll(found[0, 2], 4, -1)  # too wide
+    found[3, 2] &= np.roll(found[3, 2], 4, -1)  # too narrow
     found[1, 2] = False  # a heart that was not found: no ratio of this image
     monkeypatch.setattr(organs, "segment", lambda method, loader, fabric: (found, segment(method, loader, fabric)[1]))
     scores = segmentation_scores(at_half(), drawn, rows, names, n_boot=20)
@@ -305,12 +307,21 @@ def test_scores_are_counted_pixel_by_pixel(drawn, monkeypatch, names):
             total.append(sum(a) + sum(b))
         for metric, values in (("Dice", [2 * b / t for b, t in zip(both, total)]), ("IoU", [b / e for b, e in zip(both, either)])):
             assert scores.value[organ, metric] == pytest.approx(sum(values) / 5) and scores.n[organ, metric] == 5
-            assert scores.low[organ, metric] <= scores.value[organ, metric] <= scores.high[organ, metric]
+            if max(values):  # the lungs of each other have nothing in common
+                assert scores.low[organ, metric] < scores.value[organ, metric] < scores.high[organ, metric]
     ratios = [(own_ratio(*a), own_ratio(*b)) for a, b in zip(found, judged)]
     errors = [abs(a - b) for a, b in ratios if a is not None and b is not None]
     line = scores.loc[("cardiothoracic ratio", "error")]
     assert line.value == pytest.approx(sum(errors) / 4) and line.n == len(errors) == 4
+    assert min(a - b for a, b in ratios if a) < 0 < max(a - b for a, b in ratios if a)
     assert list(scores.columns) == ["value", "low", "high", "n"] and len(scores) == 7
+
+
+def test_intervals_are_over_patients(drawn):
+    who = drawn.table["patient"].to_numpy()
+    names, counts = np.unique(who, return_counts=True)
+    scores = segmentation_scores(at_half(), drawn, np.flatnonzero(who == names[counts.argmax()]), n_boot=20)
+    assert counts.max() > 2 and np.allclose(scores.low[:6], scores.high[:6]) and (scores.value[:6] > 0).any()
 
 
 def test_a_perfect_segmenter_has_perfect_scores(drawn, monkeypatch):
@@ -389,7 +400,6 @@ def test_the_command_line_prints_the_scores_or_says_what_is_wrong(run, drawn, tm
     assert not (tmp_path / "none.json").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="a ratio that no image has is null, and `app` formats it as a number")
 def test_the_command_line_can_say_that_no_ratio_was_found(run, drawn, tmp_path, monkeypatch, capsys):
     def nothing(*args):
         truth = segment(*args)[1]
@@ -399,7 +409,6 @@ def test_the_command_line_can_say_that_no_ratio_was_found(run, drawn, tmp_path, 
     assert call(monkeypatch, run, drawn.root, "--out", tmp_path / "judged.json") == 0
 
 
-@pytest.mark.xfail(strict=True, reason="`judge` takes a mask that is missing for an empty one")
 def test_a_judgement_refuses_images_without_masks(run, tmp_path, monkeypatch):
     monkeypatch.setenv("CXR_BOOK_HOME", str(tmp_path / "home"))
     root = plain_folder(tmp_path / "set", ["a", "b", "c"], 64)

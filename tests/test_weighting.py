@@ -475,7 +475,8 @@ def test_the_methods_are_those_of_the_paper():
     attends = {n for n, net in nets.items() if any(isinstance(m, MultiScaleAttention) for m in net.modules())}
     assert attends == {"weighted", "attention", "dcnn-attention"}
     assert {n for n, net in nets.items() if getattr(net, "segmenter", None) is segmenter} == {"weighted"}
-    assert {n for n in nets if n.startswith("dcnn")} == {n for n, m in nets.items() if getattr(m, "body", m) and n != "agcnn" and m.body.name == "small-resnet"}
+    bodies = {n: {m.name for m in net.modules() if isinstance(m, Body)} for n, net in nets.items()}
+    assert bodies == {n: {SETTINGS.second_body if n.startswith("dcnn") else SETTINGS.body} for n in nets}
     assert type(nets["senet"]) is ExcitedClassifier and type(nets["agcnn"]) is GuidedNet
     assert count_parameters(nets["attention"]) == count_parameters(nets["chexnet"]) + 1008
     assert count_parameters(nets["dcnn-attention"]) == count_parameters(nets["dcnn"]) + 1008
@@ -748,8 +749,9 @@ def test_a_drawing_that_was_stopped_is_not_taken_for_whole(home, monkeypatch):
 
 @pytest.fixture(scope="module")
 def study(home):
-    root = draw_dataset(DRAWN.but(n_images=40, seed=2), home / "set", workers=1)
-    settings = SETTINGS.but(data_root=str(root), mask_root=str(root))
+    root = draw_dataset(DRAWN.but(n_images=30, seed=2), home / "set", workers=1)
+    segmentation = SETTINGS.segmentation.but(valid=0.3)
+    settings = SETTINGS.but(data_root=str(root), mask_root=str(root), segmentation=segmentation.model_dump())
     return open_study(settings, "test", home / "run")
 
 
