@@ -16,8 +16,8 @@ from hypothesis.extra.numpy import arrays
 
 from cxr_book.controls import grad_cam, mean_boxes, score_controls
 from cxr_book.core import FINDINGS, CxrError
-from cxr_book.evaluation import Predictions, auroc, evaluate, heat_of, pairs_of, patient_weights, summarise
-from cxr_book.evaluation import thresholds_for
+from cxr_book.evaluation import Predictions, auroc, evaluate, heat_of, operate, operating_points, pairs_of
+from cxr_book.evaluation import patient_weights, summarise, thresholds_for
 from cxr_book.localization import PAPER_RULES, BoxRule, box_patches, cdice, cover, detect, energy, iobb, iou, otsu
 from cxr_book.localization import pointing, region_overlaps, score, to_heat, to_image_frame
 
@@ -508,3 +508,28 @@ def test_real_boxes_and_the_mean_box():
     result = evaluate(blank, data, BoxRule(size=32), n_boot=50, boxes=boxes)["modes"]["given"]["metrics"]["IoU"]
     assert result["Cardiomegaly"]["value"] > 0.6 > 0.05 > result["Nodule"]["value"]
     assert result["Micro"]["n"] == 984
+
+
+# ---------------------------------------------------------------- operating points
+
+
+def test_operating_points_are_the_best_of_all_thresholds():
+    rng = np.random.default_rng(3)
+    y = rng.random((80, 3)) < 0.4
+    scores = np.round(rng.normal(size=y.shape) + y, 1)  # many ties
+    cuts = operating_points(y, scores)
+    reached = np.sum(operate(y, scores, cuts), 0)
+    for k in range(3):
+        every = [np.mean(scores[y[:, k], k] >= t) + np.mean(scores[~y[:, k], k] < t) for t in np.arange(-4, 5, 0.05)]
+        assert np.isclose(reached[k], max(every))
+        assert not np.isclose(scores[:, k], cuts[k]).any()  # between two scores
+
+
+def test_a_class_with_one_side_has_no_operating_point():
+    y, scores = np.array([[0, 1], [0, 1], [0, 0]]), np.array([[0.1, 0.9], [0.2, 0.8], [0.3, 0.1]])
+    cuts = operating_points(y, scores)
+    sensitivity, specificity = operate(y, scores, cuts)
+    assert np.isnan([cuts[0], sensitivity[0], specificity[0]]).all()
+    assert (sensitivity[1], specificity[1]) == (1, 1)
+    absent = operate(np.zeros((3, 2)), scores, cuts)  # chosen where the class was, asked where it is not
+    assert np.isnan(absent[0][1]) and np.isfinite(absent[1][1])

@@ -166,6 +166,13 @@ def test_roc_refuses_shapes_that_do_not_fit_and_draws_no_absent_class():
     assert texts[0].endswith("Atelectasis") and all(t.startswith("—") for t in texts[1:]) and len(texts) == 14
 
 
+def test_roc_marks_the_operating_points_that_there_are():
+    y, scores = np.tile([[0], [0], [1], [1]], (1, 14)), np.tile([[0.1], [0.4], [0.3], [0.9]], (1, 14))
+    fig = V.show_roc(y, scores, thresholds=np.r_[0.35, np.full(13, np.nan)])
+    marks = [line for line in fig.axes[0].lines if line.get_marker() == "o"]
+    assert [(m.get_xdata()[0], m.get_ydata()[0]) for m in marks] == [(0.5, 0.5)]
+
+
 def test_losses_with_gaps_and_one_stage():
     lines = [dict(stage="a", train_loss=1.0, valid_loss=None), dict(stage="a", train_loss=0.5, valid_loss=0.7)]
     fig = V.show_losses(lines)
