@@ -180,7 +180,7 @@ def operating_points(
     cuts = np.full(y.shape[1], np.nan)
     for k in np.flatnonzero((y > 0).any(0) & (y == 0).any(0)):
         false, true, at = roc_curve(y[:, k] > 0, scores[:, k].astype(np.float64), drop_intermediate=False)
-        i = 1 + (true - false)[1:].argmax()  # the first point has a threshold of infinity
+        i = 1 + (true - false)[1:].round(12).argmax()  # the first point has a threshold of infinity; of equals the highest
         cuts[k] = at[i : i + 2].mean()
     return cuts
 
