@@ -208,7 +208,7 @@ def train_ablations(study: Study, segmenter: Segmenter) -> dict[str, nn.Module]:
     s = pretrained(study, study.settings.body)
     changes = {
         "no attention": dict(attention=False), "mask thresholded": dict(mask="threshold"),
-        "mean over the mask": dict(over="mask"), "sigmoid features": dict(squash=True), "pixels": dict(weigh="pixels"),
+        "mean over the mask": dict(over="mask"), "sigmoid features": dict(squash=True),
     }  # fmt: skip
     return {name: fit(study, f"ablation-{name.replace(' ', '-')}", partial(WeightedNet, s.but(**change), segmenter))[0]
             for name, change in changes.items()}  # fmt: skip

@@ -67,5 +67,8 @@ def test_real_radiographs(notebook, tmp_path):
     real = ROOT.parent / "shared" / "chestxray14"
     if not real.is_dir():
         pytest.skip("no real radiographs beside this checkout")
-    metrics = execute(notebook, tmp_path / "run", tmp_path, "-p", "data_root", real)
+    asked = ["-p", "data_root", real]
+    if "ablations = " in notebook.read_text():
+        asked += ["-p", "ablations", "False"]  # `test_smoke` has them
+    metrics = execute(notebook, tmp_path / "run", tmp_path, *asked)
     assert all(result["n_pairs"] == 34 for result in metrics.values() if isinstance(result, dict))
