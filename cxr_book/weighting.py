@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from joblib import Parallel, delayed
 from pydantic import Field
 from torch import Tensor, nn
@@ -143,29 +144,35 @@ class WeightedNet(nn.Module):
         inside = (self.segmenter(F.interpolate(x, size=side, mode="area")) > 0).any(1, keepdim=True)
         return F.interpolate(inside.to(x.dtype), size=x.shape[2:])
 
-    def forward(
-        self,
-        x: Tensor,
-        organs: Tensor | None = None,  # as of `organs`, if they are known
-    ) -> Output:
-        s = self.settings
-        if s.weigh != "nothing" and organs is None:
-            organs = self.organs(x)
-        *_, finer, features = self.body(x * organs if s.weigh == "pixels" else x)  # F_g (B, C, h, w)
-        features = features.sigmoid() if s.squash else features
-        if s.weigh == "features":
-            mask = organ_cells(organs, features.shape[2:], s.mask)  # M_g
-            mask = mask / mask.mean((2, 3), keepdim=True).clamp(min=1e-6) if s.over == "mask" else mask
-            features = features * mask.to(features.dtype)  # F_l
-        return self.classifier(features)._replace(extras=dict(features=features, finer=finer, organs=organs))
+# %% ../nbs/14_weighting.ipynb #5ffd9f93
+@patch
+def forward(
+    self: WeightedNet,
+    x: Tensor,
+    organs: Tensor | None = None,  # as of `organs`, if they are known
+) -> Output:
+    s = self.settings
+    if s.weigh != "nothing" and organs is None:
+        organs = self.organs(x)
+    *_, finer, features = self.body(x * organs if s.weigh == "pixels" else x)  # F_g (B, C, h, w)
+    features = features.sigmoid() if s.squash else features
+    if s.weigh == "features":
+        mask = organ_cells(organs, features.shape[2:], s.mask)  # M_g
+        mask = mask / mask.mean((2, 3), keepdim=True).clamp(min=1e-6) if s.over == "mask" else mask
+        features = features * mask.to(features.dtype)  # F_l
+    return self.classifier(features)._replace(extras=dict(features=features, finer=finer, organs=organs))
 
-    def loss(self, batch, stage: str) -> dict[str, Tensor]:
-        "Eq. 1; the masks of the batch, where it has some, are taken for those of the segmenter."
-        logits = self(batch.x, None if batch.masks is None else batch.masks.amax(1, keepdim=True)).logits
-        return dict(loss=bce(logits, batch.y), logits=logits.detach())
+# %% ../nbs/14_weighting.ipynb #3bfedc18
+@patch
+def loss(self: WeightedNet, batch, stage: str) -> dict[str, Tensor]:
+    "Eq. 1; the masks of the batch, where it has some, are taken for those of the segmenter."
+    logits = self(batch.x, None if batch.masks is None else batch.masks.amax(1, keepdim=True)).logits
+    return dict(loss=bce(logits, batch.y), logits=logits.detach())
 
-    def stages(self) -> list[Stage]:
-        return [stage_of(self.settings).but(trainable=("body", "classifier"))]
+
+@patch
+def stages(self: WeightedNet) -> list[Stage]:
+    return [stage_of(self.settings).but(trainable=("body", "classifier"))]
 
 
 def stage_of(settings: WeightingSettings) -> Stage:
