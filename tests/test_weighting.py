@@ -804,12 +804,12 @@ def test_ablations_change_one_thing_each(study, segmenter, monkeypatch):
 
     monkeypatch.setattr(weighting, "fit", fit)
     found = weighting.train_ablations(study, segmenter)
-    assert [net for net in found.values()] == [*calls.values()] and len(calls) == len(found) == 5
+    assert [net for net in found.values()] == [*calls.values()] and len(calls) == len(found) == 4
     assert all(name.startswith("ablation-") and " " not in name for name in calls)
     own = study.settings.model_dump()
     changed = [{k: v for k, v in net.settings.model_dump().items() if v != own[k]} for net in calls.values()]
     assert sorted(map(str, changed)) == sorted(map(str, [
-        dict(attention=False), dict(mask="threshold"), dict(over="mask"), dict(squash=True), dict(weigh="pixels")]))  # fmt: skip
+        dict(attention=False), dict(mask="threshold"), dict(over="mask"), dict(squash=True)]))  # fmt: skip
 
 
 def test_a_trial_trains_each_arm_once(study, segmenter, moved, monkeypatch):
