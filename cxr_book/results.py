@@ -15,7 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .core import FINDINGS, CxrError, did_you_mean
-from .evaluation import Pairs, Predictions, heat_of, pairs_of, score_pairs, summarise, thresholds_for
+from .evaluation import Pairs, Predictions, cuts_of, heat_of, pairs_of, score_pairs, summarise, thresholds_for
 from .loader import ImageCache
 from .localization import BoxRule, detect, otsu, score
 from .study import Study, score_all
@@ -204,8 +204,7 @@ def cuts(self: Results, method: str, mode: str) -> np.ndarray:
     if ("cuts", method, mode) not in self._known:
         test, valid = self.predictions[method]
         chosen, _ = thresholds_for(mode, test, self.study.radiographs, self.rule, valid)
-        cut = np.array([np.nan if chosen[f] == "otsu" else chosen[f] for f in FINDINGS])
-        self._known["cuts", method, mode] = cut
+        self._known["cuts", method, mode] = cuts_of(chosen)
     return self._known["cuts", method, mode]
 
 

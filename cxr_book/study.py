@@ -46,6 +46,11 @@ class StudySettings(Settings):
     precision: str = Field("auto", pattern="^(auto|32-true|bf16-mixed)$")
     n_boot: int = Field(1000, ge=0)  # resamples behind an interval
 
+    @property
+    def still(self) -> Augment:
+        "What happens to every image, also in prediction: the fixed part of `augment`."
+        return Augment(centre_crop=self.augment.centre_crop, out_size=self.augment.out_size)
+
 
 class PretrainSettings(StudySettings):
     "What a chapter can be asked whose bodies have learnt something before."
@@ -74,9 +79,8 @@ class Study:
     ) -> Loader:
         "Batches of a part; augmented ones are shuffled and leave out a last batch that is not full."
         s, rows = self.settings, getattr(self.split, part) if isinstance(part, str) else part
-        still = Augment(centre_crop=s.augment.centre_crop, out_size=s.augment.out_size)
         size = min(s.batch_size, max(len(rows), 1))
-        how = dict(augment=s.augment, shuffle=True, drop_last=True) if augmented else dict(augment=still)
+        how = dict(augment=s.augment, shuffle=True, drop_last=True) if augmented else dict(augment=s.still)
         how |= dict(device=self.fabric.device, seed=s.seed, masks=True)  # those that the cache has
         return Loader(self.cache, self.radiographs, rows, size, **how)
 

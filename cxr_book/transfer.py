@@ -27,7 +27,7 @@ from .bodies import Body
 from .core import FINDINGS, Run, Settings, derive, digest, home
 from .data import Radiographs, read
 from .drawing import enclosing_box
-from .evaluation import auroc, patient_weights, predict, summarise
+from .evaluation import auroc, auroc_draws, predict, summarise
 from .images import ImageCache, build_cache
 from .layers import Classifier, Output, bce
 from .learner import Stage, make_fabric
@@ -48,9 +48,7 @@ def mean_cell(values: np.ndarray, patients: np.ndarray, n_boot: int, seed: int =
 
 def auroc_cell(y: np.ndarray, scores: np.ndarray, patients: np.ndarray, n_boot: int, seed: int = 0) -> dict[str, float]:
     "AUROC of (n,) scores for (n,) labels, its interval over patients, and the number of positives."
-    position, counts = patient_weights(patients, n_boot, seed)
-    weights = np.concatenate([np.ones((1, len(y))), counts[:, position]])
-    areas = auroc(np.asarray(y)[:, None], np.asarray(scores, np.float64)[:, None], weights)[:, 0]
+    areas = auroc_draws(np.asarray(y)[:, None], np.asarray(scores)[:, None], patients, n_boot, seed)[:, 0]
     low, high = np.nanpercentile(areas[1:], (2.5, 97.5))
     return dict(value=float(areas[0]), low=float(low), high=float(high), n=int(np.sum(y)))
 
@@ -382,9 +380,7 @@ def run_classification(bench: Bench) -> dict[str, Any]:
 # %% ../nbs/09a_transfer.ipynb #5d4176d0
 def _paired(y: np.ndarray, logits: dict[str, list[np.ndarray]], patients: np.ndarray, n_boot: int) -> dict[str, Any]:
     "Mean AUROC over classes and seeds of each arm, and the difference of the two arms on the same resamples."
-    position, counts = patient_weights(patients, n_boot)
-    weights = np.concatenate([np.ones((1, len(y))), counts[:, position]])
-    arms = {k: np.array([np.nanmean(auroc(y, z, weights), 1) for z in seeds])  # each (seeds, 1 + B)
+    arms = {k: np.array([np.nanmean(auroc_draws(y, z, patients, n_boot), 1) for z in seeds])  # each (seeds, 1 + B)
             for k, seeds in logits.items()}  # fmt: skip
     first, second = arms.values()
     draws = {k: a.mean(0) for k, a in arms.items()} | {"difference": (second - first).mean(0)}
