@@ -7,6 +7,7 @@ __all__ = ['essence', 'imports', 'text_of', 'tags_of', 'code_cells', 'parts', 'f
 
 # %% ../nbs/01j_essence.ipynb #c54c79d1
 import ast
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -89,14 +90,20 @@ def parts(
         name = todo.pop()
         if name in found or (source := _source(package, name)) is None:
             continue
-        found[name] = digest(essence(source, module=True))
-        todo |= imports(source) - ({"reported"} if name == "core" else set())
+        found[name], inside = _look(source)
+        todo |= inside - ({"reported"} if name == "core" else set())
     return dict(sorted(found.items()))
 
 
 def fingerprint(notebook: dict | Path, package: Path | None = None) -> str:
     "Eight characters that change when the code behind a notebook's outputs changes."
     return digest(parts(notebook, package))
+
+
+@functools.cache
+def _look(source: str) -> tuple[str, set[str]]:
+    "Digest and imports of a module; the same ones stand behind every notebook of the book."
+    return digest(essence(source, module=True)), imports(source)
 
 
 def _notebook(notebook: dict | Path) -> dict:

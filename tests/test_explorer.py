@@ -2,7 +2,6 @@
 
 import base64
 import json
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cxr_book import evaluation
-from cxr_book.localization import detect, energy, iobb, iou, otsu, pointing, score, to_image_frame
+from cxr_book.localization import detect, otsu, overlaps, score, to_image_frame
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "assets" / "explorer.js"
@@ -78,43 +76,64 @@ def test_maps_are_enlarged_as_in_the_package():
     assert np.abs(got - want).max() < 1e-6
 
 
-@pytest.mark.parametrize("size, n", [(7, 25), (16, 25), (128, 3)])
-@pytest.mark.parametrize("kind", ["float32", "float64"])
+@pytest.mark.parametrize("size, n, kind", [(7, 40, "float32"), (16, 20, "float64"), (128, 2, "float32")])
 def test_boxes_regions_and_scores_are_the_packages(size, n, kind):
     heats, cuts = some_maps(size, n, size).astype(kind), [0.0, 0.2, 1 / 3, 0.5, 0.613, 1.0]
-    truths = some_boxes(3, size)
+    truths = some_boxes(2, size)
     how = dict(call="all", size=size, rules=RULES, cuts=cuts, boxes=truths.tolist(), kind=kind)
     answers = node([how | dict(heat=h.ravel().tolist()) for h in heats])
-    cut = otsu(heats)
-    for h, t, answer in zip(heats, cut, answers):
-        assert answer["otsu"] == t
-        for i, rule in enumerate(RULES):
-            for j, level in enumerate(cuts):
-                found, boxes = detect(h[None], rule, level), np.array(answer["boxes"][i][j]).reshape(-1, 4)
-                assert np.array_equal(np.array(answer["cells"][i][j]).reshape(size, size), found.regions[0])
-                assert np.array_equal(boxes[:1], found.boxes[:1])
-                assert sorted(boxes.tolist()) == sorted(found.boxes.tolist())
-                check_scores(h, found, truths, answer["scores"][i][j])
+    assert [a["otsu"] for a in answers] == otsu(heats).tolist()
+    for i, rule in enumerate(RULES):
+        for j, cut in enumerate(cuts):
+            found = detect(heats, rule, cut)
+            cells = np.array([a["cells"][i][j] for a in answers], bool).reshape(heats.shape)
+            assert np.array_equal(cells, found.regions)
+            for m, answer in enumerate(answers):
+                boxes, want = answer["boxes"][i][j], found.boxes[found.owner == m].tolist()
+                assert boxes[:1] == want[:1] and sorted(boxes) == sorted(want)
+            check_scores(heats, found, truths, [a["scores"][i][j] for a in answers])
 
 
-def check_scores(heat, found, truths, answers):
-    wide = heat[None].astype(np.float64)
-    for box, got in zip(truths, answers):
-        want = {name: value[0] for name, value in score(wide, found, box[None]).items()}
-        for name in ("IoU", "IoBB", "energy"):
-            assert abs(got[name] - want[name]) < 1e-6, name
-        assert got["hit"] == want["T(IoU)=0.3"] and got["pointing"] == want["pointing"]
-        if len(found.boxes):
-            assert abs(got["IoU"] - iou(found.boxes[0], box)) < 1e-12
-            assert abs(got["IoBB"] - iobb(found.boxes[0], box)) < 1e-12
-        assert got["pointing"] == pointing(wide, box[None])[0]
+def check_scores(heats, found, truths, answers):
+    wide, names = heats.astype(np.float64), {"hit": "T(IoU)=0.3"}
+    for t, box in enumerate(truths):
+        want = score(wide, found, np.tile(box, (len(heats), 1)))
+        for name in ("IoU", "IoBB", "hit", "pointing", "energy"):
+            got = np.array([a[t][name] for a in answers], np.float64)
+            assert np.abs(got - want[names.get(name, name)]).max() < 1e-6, name
 
 
+def test_a_piece_in_a_hole_has_no_box_and_its_peak_makes_the_ring_the_first():
+    heat = np.zeros((9, 9), np.float32)
+    heat[1:7, 1:7], heat[2:6, 2:6], heat[3:5, 3:5], heat[8, 0] = 0.6, 0, 1, 0.9
+    case = dict(call="all", heat=heat.ravel().tolist(), size=9, rules=["contours"], cuts=[0.5], boxes=[])
+    ring, corner = [1 / 9, 1 / 9, 7 / 9, 7 / 9], [0, 8 / 9, 1 / 9, 1]
+    assert node([case])[0]["boxes"][0][0] == [ring, corner]
+    assert np.allclose(detect(heat[None], "contours", 0.5).boxes, [ring, corner])
 
-def detect_cover(box, heat):
-    "Share of each cell in the box, counted on a grid 20 times as fine."
-    fine = 20
-    size = len(heat) * fine
-    at = (np.arange(size) + 0.5) / size
-    rows, columns = (at >= box[1]) & (at <= box[3]), (at >= box[0]) & (at <= box[2])
-    return (rows.reshape(-1, fine).mean(1)[:, None] * columns.reshape(-1, fine).mean(1))[None]
+
+def test_curves_and_the_best_threshold_are_the_packages():
+    heats, box = smooth(np.random.default_rng(5), 32, 2), some_boxes(1, 5)
+    cuts = np.arange(101) / 100
+    cases = [dict(call="curve", heat=h.ravel().tolist(), size=32, rules=["largest"], boxes=box.tolist()) for h in heats]
+    want = np.stack([overlaps(detect(heats, "largest", t), np.tile(box, (2, 1))) for t in cuts], 1)
+    assert np.abs(np.array(node(cases)) - want).max() < 1e-6
+    ties = [[0, 1, 1, 1, 0], [1, 1], [0.5], [0, 0, 2, 0, 2, 2]]
+    best = [int(at[len(at) // 2]) for at in (np.flatnonzero(np.array(v) >= max(v) - 1e-12) for v in ties)]
+    assert node([dict(call="best", heat=v) for v in ties]) == best == [2, 1, 0, 4]
+
+
+def test_from_bytes_to_the_score_it_is_the_packages_number():
+    "Bytes as the data hold them, enlarged on either side, at thresholds that no cell meets exactly."
+    draw = np.random.default_rng(3)
+    small = np.round(smooth(draw, 32, 8) * 255).astype(np.uint8)
+    big = to_image_frame(torch.from_numpy(small[:, None] / np.float32(255)), torch.eye(3).expand(8, 3, 3), 128)[:, 0]
+    packed = [base64.b64encode(m.tobytes()).decode() for m in small]
+    mine = node([dict(call="upsample", bytes=text, size=128) for text in packed])
+    cuts, truths = [0.3003, 0.5003, 0.7003], some_boxes(1, 9)
+    how = dict(call="all", size=128, rules=["largest", "contours", "union"], cuts=cuts, boxes=truths.tolist())
+    answers = node([how | dict(heat=heat) for heat in mine])
+    for i, rule in enumerate(how["rules"]):
+        for j, cut in enumerate(cuts):
+            found = detect(big.numpy(), rule, cut)
+            check_scores(big.numpy(), found, truths, [a["scores"][i][j] for a in answers])
