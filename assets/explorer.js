@@ -380,7 +380,7 @@ function cxrExplorer(root, data) {
       const own = curveOf(state.image, k, state.box, method, ruleOf(panel));
       list.push(["here", "best here", CXR.LEVELS[CXR.bestOf(own)]]);
       const mean = meanCurve(k, method, ruleOf(panel));
-      list.push(["mean", "best on average", mean ? CXR.LEVELS[CXR.bestOf(mean)] : NaN]);
+      if (pairsOf(k, method).length > 1) list.push(["mean", "best on average", mean ? CXR.LEVELS[CXR.bestOf(mean)] : NaN]);
     }
     return list;
   }
@@ -464,9 +464,10 @@ function cxrExplorer(root, data) {
   // -- a panel
 
   function makePanel(panel, i) {
-    const view = { panel, canvas: element("canvas", { role: "img" }), chart: element("svg", { class: "cxr-chart",
-      "aria-hidden": "true" }), scores: element("dl", { class: "cxr-scores" }), said: element("p", { class: "cxr-said" }),
-      buttons: element("div", { class: "cxr-presets", role: "group", "aria-label": "Thresholds to jump to" }) };
+    const view = { panel, canvas: element("canvas", { role: "img" }), value: element("output", {}),
+      chart: element("svg", { class: "cxr-chart", "aria-hidden": "true" }), scores: element("dl", { class: "cxr-scores" }),
+      buttons: element("div", { class: "cxr-presets", role: "group", "aria-label": "Thresholds to jump to" }),
+      said: element("p", { class: "cxr-said" }), missing: element("p", {}, "This method has no map of this finding here.") };
     const methods = data.methods.map((method) => [method.name, method.title]);
     const none = i ? [["", "none"]] : [];
     view.method = select(i ? "Second method" : "Method", [...none, ...methods], panel.method, (value) => {
@@ -474,17 +475,17 @@ function cxrExplorer(root, data) {
       changed();
     });
     view.rule = select("Boxes", [], "", (value) => { panel.rule = value; changed(); });
-    view.value = element("output", {});
-    view.slider = element("input", { type: "range", min: "0", max: "1", step: "0.01",
+    view.slider = element("input", { type: "range", min: "0", max: "1", step: "0.01", id: `cxr-threshold-${i}`,
       oninput: (event) => moveTo(panel, Number(event.target.value)) });
     view.slider.style.setProperty("--cxr-inferno", `linear-gradient(to right, ${INFERNO.map((c) => `#${c}`).join()})`);
-    const slider = element("label", { class: "cxr-slider" },
-      element("span", {}, "Threshold ", view.value), view.chart, view.slider);
-    view.body = element("div", { class: "cxr-body" }, view.canvas, view.scores, slider, view.buttons, view.said);
-    view.node = element("section", { class: "cxr-panel" },
-      element("div", { class: "cxr-head" }, view.method, view.rule), view.body);
+    const name = element("label", { class: "cxr-name", for: view.slider.id }, "Threshold ", view.value);
+    view.body = element("div", {}, view.canvas, view.scores, element("div", { class: "cxr-head" }, name, view.rule),
+      element("div", { class: "cxr-slider" }, view.chart, view.slider), view.buttons, view.said);
+    view.node = element("section", { class: "cxr-panel", "aria-label": i ? "Second method" : "First method" },
+      view.method, view.body, view.missing);
     const drag = (event) => {
       if (event.type === "pointermove" && !event.buttons) return;
+      if (event.type === "pointerdown") view.chart.setPointerCapture(event.pointerId);
       const { left, width } = view.chart.getBoundingClientRect();
       moveTo(panel, Math.min(1, Math.max(0, (event.clientX - left - PAD) / (width - 2 * PAD))));
     };
@@ -511,8 +512,7 @@ function cxrExplorer(root, data) {
     const { panel } = view, k = current();
     const there = Boolean(panel.method) && has(image(), panel.method, k);
     view.body.hidden = !there;
-    view.rule.hidden = !panel.method;
-    view.node.classList.toggle("cxr-off", !panel.method);
+    view.missing.hidden = there || !panel.method;
     linkBox.hidden = !state.panels.every((p) => p.method);
     if (!there) { view.summary = ""; return; }
     if (panel.preset === "mean") settle(panel);
@@ -604,7 +604,7 @@ function cxrExplorer(root, data) {
     context.drawImage(paintHeat(heat), 0, 0, side, side);
     const stroke = (path, colour, width, dash = []) => {
       context.setLineDash(dash.map((d) => d * unit));
-      context.strokeStyle = "rgba(0, 0, 0, 0.55)";
+      context.strokeStyle = "rgba(0, 0, 0, 0.4)";
       context.lineWidth = (width + 1.5) * unit;
       if (!dash.length) context.stroke(path);
       context.strokeStyle = colour;
@@ -690,15 +690,26 @@ function cxrExplorer(root, data) {
 
   const PAD = 10; // half the slider's thumb: chart and slider have one scale
 
+  /** The top of the charts, one for both panels: the next quarter above all curves. */
+  function highest() {
+    const k = current();
+    const shown = state.panels.filter(({ method }) => truth() && method && has(image(), method, k));
+    const values = shown.flatMap((panel) => [
+      ...curveOf(state.image, k, state.box, panel.method, ruleOf(panel)),
+      ...(meanCurve(k, panel.method, ruleOf(panel)) || []),
+    ]);
+    return Math.min(1, Math.max(0.5, Math.ceil(4 * Math.max(0, ...values)) / 4));
+  }
+
   function drawChart(view, found) {
     const { panel, chart } = view, k = current();
-    const width = chart.clientWidth || 320, height = 150, top = 34, bottom = 6;
-    const x = (t) => PAD + t * (width - 2 * PAD), y = (v) => height - bottom - v * (height - top - bottom);
+    const width = chart.clientWidth || 320, height = 160, top = 34, bottom = 6, most = highest();
+    const x = (t) => PAD + t * (width - 2 * PAD), y = (v) => height - bottom - (v / most) * (height - top - bottom);
     const path = (values) => values.map((v, i) => `${i ? "L" : "M"}${x(CXR.LEVELS[i]).toFixed(1)} ${y(v).toFixed(1)}`);
     chart.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    const parts = [0, 0.5, 1].flatMap((v) => [
+    const parts = [0, 0.25, 0.5, 0.75, 1].filter((v) => v <= most).flatMap((v) => [
       element("line", { class: "cxr-grid", x1: x(0), x2: x(1), y1: y(v), y2: y(v) }),
-      element("text", { class: "cxr-axis", x: x(0) + 3, y: y(v) - 3 }, v === 1 ? "IoU 1" : String(v))]);
+      element("text", { x: x(0) + 3, y: y(v) - 3 }, v === most ? `IoU ${v}` : v ? String(v) : "")]);
     const list = presets(panel);
     list.filter(([key]) => key === "validated" || key === "otsu").forEach(([key, name, value], row) => {
       const right = value > 0.8;

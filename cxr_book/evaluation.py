@@ -16,7 +16,6 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import roc_curve
 from torch import nn
 
 from .core import FINDINGS, CxrError, derive
@@ -193,6 +192,8 @@ def operating_points(
     scores: np.ndarray,  # (n, K)
 ) -> np.ndarray:  # (K,)
     "The threshold of each class with the largest sensitivity + specificity; NaN where one side is absent."
+    from sklearn.metrics import roc_curve
+
     cuts = np.full(y.shape[1], np.nan)
     for k in np.flatnonzero((y > 0).any(0) & (y == 0).any(0)):
         false, true, at = roc_curve(y[:, k] > 0, scores[:, k].astype(np.float64), drop_intermediate=False)

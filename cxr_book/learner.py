@@ -17,7 +17,6 @@ from typing import Any, Callable, Iterable
 import numpy as np
 import torch
 from fastcore.basics import patch
-from lightning_fabric import Fabric
 from pydantic import Field
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -101,14 +100,16 @@ def make_optimizer(stage: Stage, params: list[nn.Parameter]) -> torch.optim.Opti
 def make_fabric(
     device: str = "auto",  # "auto", "cpu", "cuda", "mps"
     precision: str = "auto",  # "auto", "32-true", "bf16-mixed"
-) -> Fabric:
+) -> Any:  # a lightning_fabric.Fabric
     "Fabric for this process; started by `torchrun` or Slurm it joins the other processes."
+    import lightning_fabric  # which takes seconds: only where something is trained
+
     dev = pick_device(device)
     kind, world = {"cuda": "gpu"}.get(dev.type, dev.type), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices: Any = local if world > 1 else [dev.index or 0] if dev.type == "cuda" else 1
     strategy = "ddp" if world > 1 else "auto"
-    fabric = Fabric(
+    fabric = lightning_fabric.Fabric(
         accelerator=kind, strategy=strategy, devices=devices, num_nodes=max(world // local, 1),
         precision=pick_precision(dev, precision),
     )  # fmt: skip
@@ -128,7 +129,7 @@ class Learner:
         run: Run,  # where weights, history and state go
         stages: list[Stage] | slice | None = None,  # instead of the method's own, or which of them
         score: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None,  # (y, logits) -> figures to report
-        fabric: Fabric | None = None,
+        fabric: Any = None,  # of `make_fabric`
         seed: int = 0,
         save_minutes: float = 5.0,  # how much of a long epoch a kill may cost
     ):

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from lightning_fabric import Fabric
 
 # %% ../nbs/09e_organs.ipynb #4334411c
 import cv2
@@ -55,7 +54,7 @@ def segmentation_scores(
     rows: np.ndarray | None = None,  # None: all
     names: tuple[str, ...] | None = None,  # of the masks in the data, in the order of the segmenter's structures
     n_boot: int = 1000,
-    fabric: Fabric | None = None,
+    fabric: Any = None,  # of `make_fabric`
 ) -> pd.DataFrame:
     "value, low, high, n by structure and metric; last the error of the cardiothoracic ratio, if all it needs is there."
     fabric, s = fabric or make_fabric("cpu", "32-true"), segmenter.settings

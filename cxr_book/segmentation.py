@@ -14,7 +14,6 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -221,7 +220,7 @@ def fit_segmenter(
     radiographs: Radiographs,  # with masks of the structures
     settings: SegmentationSettings,
     folder: Path | str,  # the run folder; a finished training there is loaded
-    fabric: Fabric | None = None,
+    fabric: Any = None,  # of `make_fabric`
 ) -> tuple[Segmenter, list[dict[str, Any]]]:
     "The trained segmenter and its history; no image of the test list is looked at."
     fabric = fabric or make_fabric()
@@ -246,7 +245,7 @@ def fit_segmenter(
 def segment(
     method: Segmenter,
     loader: Loader,
-    fabric: Fabric | None = None,  # for its precision
+    fabric: Any = None,  # of `make_fabric`, for its precision
 ) -> tuple[np.ndarray, np.ndarray | None]:
     "Predicted and, where the loader has them, true masks of all its rows, each (n, M, H, W) bool."
     fabric, device = fabric or make_fabric("cpu", "32-true"), next(method.parameters()).device

@@ -14,7 +14,6 @@ from typing import Any, Callable
 import numpy as np
 import pandas as pd
 import torch
-from lightning_fabric import Fabric
 from pydantic import Field
 from torch import nn
 
@@ -70,7 +69,7 @@ class Study:
     split: Split
     cache: ImageCache
     run: Run
-    fabric: Fabric
+    fabric: Any  # of `make_fabric`
 
     def loader(
         self,

@@ -1,32 +1,23 @@
 "Every notebook without parameters runs from top to bottom, asserts included, in under a minute; the others: their own tests."
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import pytest
+from nbdev.config import get_config
+from nbdev.test import test_nb as run_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
-BIN = Path(sys.executable).parent
 NOTEBOOKS = [f for f in sorted((ROOT / "nbs").glob("*.ipynb")) if '"parameters"' not in f.read_text()]
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda f: f.stem)
-def test_runs(notebook, tmp_path):
-    env = os.environ | {
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "CXR_BOOK_HOME": str(tmp_path),
-        "MPLBACKEND": "agg",
-    }
-    done = subprocess.run(
-        [BIN / "nbdev_test", "--path", notebook],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0 and "Success" in done.stdout + done.stderr, (done.stdout + done.stderr)[
-        -4000:
-    ]
+def test_runs(notebook, tmp_path, monkeypatch, capfd):
+    "In this process, which has loaded the libraries once; each notebook has names, a home and figures of its own."
+    monkeypatch.setenv("CXR_BOOK_HOME", str(tmp_path))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    matplotlib.use("agg", force=True)
+    passed, _ = run_notebook(notebook, skip_flags=get_config().tst_flags.split(), basepath=ROOT)
+    plt.close("all")
+    assert passed, capfd.readouterr().err[-4000:]
