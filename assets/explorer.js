@@ -64,7 +64,9 @@ const CXR = (() => {
   /** Cells of at least the threshold; a cell without any heat is never hot. */
   function hotCells(heat, threshold) {
     const level = heat instanceof Float32Array ? Math.fround(threshold) : threshold;
-    return Uint8Array.from(heat, (value) => value >= level && value > 0);
+    const hot = new Uint8Array(heat.length);
+    for (let i = 0; i < heat.length; i++) hot[i] = heat[i] >= level && heat[i] > 0 ? 1 : 0;
+    return hot;
   }
 
   /** Pieces of hot cells that touch at an edge or a corner: the label of each cell (0: cold), and of each piece its
@@ -165,7 +167,8 @@ const CXR = (() => {
     const before = (a, b) => b.area - a.area || a.first - b.first;
     const best = pieces.reduce((a, b) => (before(a, b) <= 0 ? a : b));
     const kept = pieces.indexOf(best) + 1;
-    return { boxes: [fractions(best)], region: Uint8Array.from(labels, (label) => label === kept), hot };
+    const region = pieces.length > 1 ? hot.map((_, i) => (labels[i] === kept ? 1 : 0)) : hot;
+    return { boxes: [fractions(best)], region, hot };
   }
 
   const area = (b) => Math.max(b[2] - b[0], 0) * Math.max(b[3] - b[1], 0);

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import typer
 from torch.utils.data import DataLoader, Dataset
 
-from .core import CxrError, n_cpus, stamp, write_json
+from .core import n_cpus, plain_errors, stamp, write_json
 from .data import Radiographs, read
 from .loader import Augment, Loader, build_cache
 from .measure import in_turns, spread
@@ -173,14 +173,10 @@ def data(
     out: Annotated[Path | None, typer.Option(help="Write the figures and their stamp as JSON.")] = None,
 ) -> None:
     "Feeding images: cache and loader beside torch's DataLoader, cache building beside bare OpenCV."
-    try:
-        with tempfile.TemporaryDirectory() as temporary:
-            found = only_png(read(root)) if root else read(write_pngs(Path(temporary), images))
-            result = bench_data(found, size, batch_size, rounds, n=images)
-            fingerprint = found.fingerprint  # while its files are there
-    except CxrError as e:
-        typer.echo(f"error: {e}", err=True)
-        raise typer.Exit(1) from None
+    with plain_errors(), tempfile.TemporaryDirectory() as temporary:
+        found = only_png(read(root)) if root else read(write_pngs(Path(temporary), images))
+        result = bench_data(found, size, batch_size, rounds, n=images)
+        fingerprint = found.fingerprint  # while its files are there
     print(f"{result['images']} images at {size} x {size}, batches of {batch_size}, {result['workers']} workers, "
           f"{rounds} rounds; both ways give the same tensors\n{report(result)}")  # fmt: skip
     if out:

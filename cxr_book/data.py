@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import typer
 
-from .core import FINDINGS, NO_FINDING, CxrError, finding_index
+from .core import FINDINGS, NO_FINDING, CxrError, finding_index, plain_errors
 
 # %% ../nbs/03_data.ipynb #4818dd7b
 @dataclass(frozen=True, eq=False)
@@ -449,11 +449,8 @@ def main(
     patient: Annotated[str, typer.Option(help="Plain folder: column of images.csv, or pattern '(.+)-day'.")] = "",
 ) -> None:
     "Print the data card of a folder of radiographs: images, patients, lists, views, boxes, masks, findings."
-    try:
+    with plain_errors():
         print(data_card(read(root, patient or None)))
-    except CxrError as e:
-        typer.echo(f"error: {e}", err=True)
-        raise typer.Exit(1) from None
 
 # %% ../nbs/03_data.ipynb #a8580f5e
 if __name__ == "__main__" and __package__:

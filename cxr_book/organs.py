@@ -18,7 +18,7 @@ import torch
 # %% ../nbs/09e_organs.ipynb #4334411c
 import cv2
 
-from .core import CxrError, atomic, progress, read_json, stamp, write_json
+from .core import CxrError, atomic, plain_errors, progress, read_json, stamp, write_json
 from .data import Radiographs
 from .layers import load_strict
 from .learner import make_fabric
@@ -134,11 +134,9 @@ def app() -> None:
         out: Path = typer.Option(reported_file("organs_real.json"), help="where the scores go"),
     ):
         "Judge a segmenter on radiographs that it has not learnt from."
-        try:
+        with plain_errors():
             scores = pd.DataFrame(judge(run, masks, out)["scores"]).set_index(["structure", "metric"])
             print(scores.astype(float).round(3).to_string())
-        except CxrError as e:
-            raise SystemExit(f"error: {e}") from None
 
     typer.run(main)
 

@@ -21,7 +21,8 @@ import cv2
 import numpy as np
 
 from cxr_book.core import (
-    FINDINGS, NO_FINDING, CxrError, atomic, digest, home, n_cpus, progress, read_json, refuse_other, write_json,
+    FINDINGS, NO_FINDING, CxrError, atomic, digest, home, n_cpus, plain_errors, progress, read_json, refuse_other,
+    write_json,
 )  # fmt: skip
 from .course import PhantomSettings, Visit, course, plan
 from .drawing import STRUCTURES, Drawing, draw_image, enclosing_box
@@ -289,12 +290,11 @@ def app() -> None:
         given = {k: v for k, v in locals().items() if k in PhantomSettings.model_fields and v is not None}
         try:
             given |= {k: json.loads(given[k]) for k in ("false_positives", "false_negatives") if k in given}
-            settings = PhantomSettings.from_preset(preset, **given) if preset else PhantomSettings(**given)
-            print(draw_dataset(settings, folder, workers))
         except json.JSONDecodeError as e:
             raise SystemExit(f'error: {e.doc!r} is no number and no rates as JSON such as {{"Nodule": 0.05}}') from None
-        except CxrError as e:
-            raise SystemExit(f"error: {e}") from None
+        with plain_errors():
+            settings = PhantomSettings.from_preset(preset, **given) if preset else PhantomSettings(**given)
+            print(draw_dataset(settings, folder, workers))
 
     typer.run(main)
 

@@ -27,8 +27,8 @@ from sklearn.preprocessing import StandardScaler
 # %% ../nbs/09b_realism.ipynb #14695e49
 from .controls import grad_cam
 from cxr_book.core import (
-    BOXED, FINDINGS, NO_FINDING, CxrError, atomic, derive, did_you_mean, digest, home, progress, read_json, stamp,
-    write_json,
+    BOXED, FINDINGS, NO_FINDING, CxrError, atomic, derive, did_you_mean, digest, home, plain_errors, progress, read_json,
+    stamp, write_json,
 )  # fmt: skip
 from .data import NO_BOXES, Radiographs, read
 from .evaluation import predict
@@ -425,10 +425,8 @@ def app() -> None:
         "Draw pairs with and without a finding, and their differences."
         print(draw_pairs(folder, n, PhantomSettings(size=size, seed=seed)))
 
-    try:
+    with plain_errors():
         cli(standalone_mode=True)
-    except CxrError as e:
-        raise SystemExit(f"error: {e}") from None
 
 
 if __name__ == "__main__" and __package__:

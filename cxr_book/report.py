@@ -10,6 +10,7 @@ __all__ = ['DISCLAIMER', 'STYLE', 'POLICY', 'Answer', 'pixel_boxes', 'overlay', 
 import base64
 import hashlib
 import html
+import os
 import re
 from pathlib import Path
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
@@ -92,7 +93,7 @@ def file_id(
     path: Path | str,
 ) -> str:
     "Sixteen characters that stand for the place of a file, wherever it is called from."
-    return hashlib.sha256(str(Path(path).resolve()).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return hashlib.sha256(os.path.realpath(path).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def safe_name(
