@@ -245,7 +245,7 @@ const CXR = (() => {
     return ties[ties.length >> 1];
   }
 
-  return { SIZE, LEVELS, decode, upsample, otsu, detect, iou, iobb, energy, pointing, overlap, score, curve, bestOf };
+  return { SIZE, LEVELS, decode, upsample, otsu, hottest, detect, iou, iobb, energy, pointing, overlap, score, curve, bestOf };
 })();
 
 // ---- the page ----
@@ -263,7 +263,7 @@ function cxrExplorer(root, data) {
   const byName = Object.fromEntries(data.methods.map((method) => [method.name, method]));
   const wide = root.clientWidth >= 640;
   const state = {
-    image: 0, finding: 0, box: 0, opacity: 0.65, linked: true, show: { truth: true, boxes: true, outline: true },
+    image: 0, finding: 0, box: 0, opacity: 0.65, linked: true, show: { truth: true, boxes: true, outline: true, point: true },
     panels: [0, 1].map((i) => {
       const method = data.methods[i] && (i === 0 || wide) ? data.methods[i].name : "";
       return { method, rule: "", cut: 0.5, preset: "validated" };
@@ -383,7 +383,7 @@ function cxrExplorer(root, data) {
       const own = curveOf(state.image, k, state.box, method, ruleOf(panel));
       list.push(["here", "best here", CXR.LEVELS[CXR.bestOf(own)]]);
       const mean = meanCurve(k, method, ruleOf(panel));
-      if (pairsOf(k, method).length > 1) list.push(["mean", "best on average", mean ? CXR.LEVELS[CXR.bestOf(mean)] : NaN]);
+      if (pairsOf(k, method).length > 1) list.push(["mean", "best mean", mean ? CXR.LEVELS[CXR.bestOf(mean)] : NaN]);
     }
     return list;
   }
@@ -406,7 +406,7 @@ function cxrExplorer(root, data) {
     oninput: (event) => { state.opacity = event.target.value / 100; drawPanels(); } });
   const toggles = element("div", { class: "cxr-toggles" },
     element("label", { class: "cxr-field cxr-opacity" }, element("span", {}, "heat map"), opacity),
-    ...[["truth", "true box"], ["boxes", "predicted box"], ["outline", "outline"]].map(([key, text]) =>
+    ...[["truth", "true box"], ["boxes", "predicted box"], ["outline", "hot region"], ["point", "hottest point"]].map(([key, text]) =>
       tick(text, true, (on) => { state.show[key] = on; drawPanels(); })), linkBox);
   const views = state.panels.map((panel, i) => makePanel(panel, i));
 
@@ -467,7 +467,8 @@ function cxrExplorer(root, data) {
   // -- a panel
 
   function makePanel(panel, i) {
-    const view = { panel, canvas: element("canvas", { role: "img" }), value: element("output", {}),
+    const view = { panel, canvas: element("canvas", { role: "img" }),
+      layer: element("canvas", { width: size, height: size }), value: element("output", {}),
       chart: element("svg", { class: "cxr-chart", "aria-hidden": "true" }), scores: element("dl", { class: "cxr-scores" }),
       buttons: element("div", { class: "cxr-presets", role: "group", "aria-label": "Thresholds to jump to" }),
       said: element("p", { class: "cxr-said" }), missing: element("p", {}, "This method has no map of this finding here.") };
@@ -556,8 +557,6 @@ function cxrExplorer(root, data) {
 
   // -- the picture
 
-  const small = document.createElement("canvas");
-  small.width = small.height = size;
   const table = new Uint8Array(256 * 3);
   for (let i = 0; i < 256; i++) {
     const at = (i / 255) * (INFERNO.length - 1), low = Math.min(Math.floor(at), INFERNO.length - 2);
@@ -567,15 +566,18 @@ function cxrExplorer(root, data) {
     }
   }
 
-  function paintHeat(heat) { // as in the book's figures: the hotter, the brighter and the less transparent
-    const context = small.getContext("2d"), pixels = context.createImageData(size, size);
-    heat.forEach((value, i) => {
-      const level = Math.round(255 * Math.min(value, 1));
-      pixels.data.set(table.subarray(3 * level, 3 * level + 3), 4 * i);
+  function paintHeat(view, heat) { // as in the book's figures: the hotter, the brighter and the less transparent
+    const key = `${state.image} ${current()} ${view.panel.method} ${state.opacity}`;
+    if (view.painted === key) return view.layer;
+    const context = view.layer.getContext("2d"), pixels = context.createImageData(size, size);
+    for (let i = 0; i < heat.length; i++) {
+      const level = Math.round(255 * Math.min(heat[i], 1));
+      for (let c = 0; c < 3; c++) pixels.data[4 * i + c] = table[3 * level + c];
       pixels.data[4 * i + 3] = level * state.opacity;
-    });
+    }
     context.putImageData(pixels, 0, 0);
-    return small;
+    view.painted = key;
+    return view.layer;
   }
 
   function edges(region, scale) { // the border of the cells that are set
@@ -604,7 +606,7 @@ function cxrExplorer(root, data) {
     context.fillRect(0, 0, side, side);
     const img = picture(state.image);
     if (img.complete && img.naturalWidth) context.drawImage(img, 0, 0, side, side);
-    context.drawImage(paintHeat(heat), 0, 0, side, side);
+    context.drawImage(paintHeat(view, heat), 0, 0, side, side);
     const stroke = (path, colour, width, dash = []) => {
       context.setLineDash(dash.map((d) => d * unit));
       context.strokeStyle = "rgba(0, 0, 0, 0.4)";
@@ -630,12 +632,28 @@ function cxrExplorer(root, data) {
         if (i === state.box) tag(context, unit, side, "true", box[0], box[1], TRUE, true);
       });
     }
+    if (state.show.point) drawPoint(context, heat, side, unit);
     if (state.show.boxes) {
       found.boxes.forEach((box, i) => stroke(rectangle(box), PREDICTED, i ? 1.25 : 2.5, i ? [4, 3] : []));
       if (found.boxes.length) {
         const [, , x1, y1] = found.boxes[0];
         tag(context, unit, side, "predicted", x1, y1, PREDICTED, false);
       }
+    }
+  }
+
+  /** A ring around the hottest cell, which the pointing game asks for. */
+  function drawPoint(context, heat, side, unit) {
+    const cell = CXR.hottest(heat);
+    if (!heat[cell]) return;
+    const centre = [cell % size, Math.floor(cell / size)].map((at) => ((at + 0.5) / size) * side);
+    for (const [colour, width] of [["rgba(0, 0, 0, 0.7)", 4], ["#fff", 2]]) {
+      context.beginPath();
+      context.arc(...centre, 5 * unit, 0, 2 * Math.PI);
+      context.setLineDash([]);
+      context.strokeStyle = colour;
+      context.lineWidth = width * unit;
+      context.stroke();
     }
   }
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADVICE', 'MOST_BYTES', 'NBDEV', 'app', 'with_outputs', 'publish', 'project', 'published', 'check', 'stale',
-           'filtered', 'documented', 'links']
+           'filtered', 'documented']
 
 # %% ../nbs/30_site.ipynb #421f09ec
 import ast
@@ -20,11 +20,13 @@ from pathlib import Path
 
 import typer
 
-from .core import CxrError, atomic, digest, read_json, stamp
+from .core import CxrError, atomic, digest, read_json, stamp, write_json
+from .crawl import crawl
 from .essence import code_cells as _code
 from .essence import essence, fingerprint, parts
 from .essence import tags_of as _tags
 from .essence import text_of as _text
+from .pages import links, public, run_line, write_pages
 
 # %% ../nbs/30_site.ipynb #521cbee2
 ADVICE = "call `make book`, then `make publish`"
@@ -186,15 +188,25 @@ def filtered(
     root: Path | None = None,  # the project
 ) -> dict:
     "The notebook as Quarto shall render it; an error where its executed twin is missing or stale."
+    root = root or project()
+    source = _find(notebook, root)
+    twin, kept = published(root) / source.name, root / ".quarto" / "filtered" / f"{source.stem}.json"
+    if why := stale(source, root, twin.parent):
+        raise CxrError(why)
+    files = [twin, root / "settings.ini", *sorted((root / "cxr_book").rglob("*.py"))]
+    made_of = digest([notebook, *(f.read_text() for f in files if f.is_file())])
+    if kept.is_file() and (old := read_json(kept))["made_of"] == made_of:
+        return old["page"]
+    page = _filtered(with_outputs(notebook, read_json(twin), source.name), source.name, root)
+    write_json(kept, dict(made_of=made_of, page=page))
+    return page
+
+
+def _filtered(notebook: dict, name: str, root: Path) -> dict:
     from execnb.nbio import dict2nb
     from nbdev import processors as p
     from nbdev.process import NBProcessor
 
-    root = root or project()
-    source = _find(notebook, root)
-    if why := stale(source, root, published(root)):
-        raise CxrError(why)
-    notebook = with_outputs(notebook, read_json(published(root) / source.name), source.name)
     cells = documented(notebook["cells"])
     nb = dict2nb(notebook | dict(cells=[c | {"source": _text(c)} for c in cells]))
     steps = [p.populate_language, p.strip_ansi, p.hide_line, p.filter_stream_, p.rm_header_dash]
@@ -202,7 +214,10 @@ def filtered(
     NBProcessor(nb=nb, procs=steps).process()
     known, keys = links(root), ("cell_type", "id", "metadata", "source", "outputs", "execution_count")
     plain = [{k: v for k, v in dict(c).items() if k in keys} for c in nb.cells]
-    cells = [_finish(c, known, source.name) for c in plain]
+    cells = [_finish(c, known, name) for c in plain]
+    if first := next((c for c in cells if c["cell_type"] == "markdown" and re.match("# ", _text(c))), None):
+        title, _, rest = _text(first).partition("\n")
+        first["source"] = f"{title}\n\n{run_line(Path(name).stem, root)}\n{rest}"
     return notebook | dict(cells=[c | dict(source=_text(c).splitlines(True)) for c in cells])  # Quarto wants lines
 
 # %% ../nbs/30_site.ipynb #7357e022
@@ -249,7 +264,7 @@ def documented(cells: list[dict]) -> list[dict]:
     for c in cells:
         wanted = re.findall(r"^show_doc\(([\w.]+)", _text(c), re.M) if c["cell_type"] == "code" else []
         directive = re.match(r"#\|\s*(exports?)\s*$", _text(c), re.M) if c["cell_type"] == "code" else None
-        names = _public(_text(c)) if directive else []
+        names = list(public(_text(c))) if directive else []
         if directive and directive[1] == "exports":
             out += [_markdown(c["id"], "".join(f"[]{{#{n.lower()}}}" for n in names))] if names else []
         out += [] if wanted else [c]
@@ -262,11 +277,6 @@ def _markdown(cell_id: str, source: str) -> dict:
     return dict(cell_type="markdown", id=f"{cell_id}-doc", metadata={}, source=source)
 
 
-def _public(source: str) -> list[str]:
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    return [n.name for n in ast.parse(source).body if isinstance(n, kinds) and n.name[0] != "_"]
-
-
 def _doc(module, name: str) -> str:
     from nbdev.showdoc import show_doc
 
@@ -275,19 +285,6 @@ def _doc(module, name: str) -> str:
     return re.sub(r"^#### .*$", f"#### {name} {{#{name.lower()} .unnumbered .unlisted}}", text, flags=re.M)
 
 # %% ../nbs/30_site.ipynb #987d28fd
-def links(root: Path) -> dict[str, str]:
-    "The page of each public name: `notebook.ipynb#name`; names that two modules share are left out."
-    found: dict[str, list[str]] = {}
-    for f in sorted((root / "cxr_book").glob("[a-z]*.py")):
-        source = f.read_text()
-        if page := re.search(r"File to edit: .*?(\w+\.ipynb)", source):
-            for name in _public(source):
-                for key in (name, f"{f.stem}.{name}"):
-                    found.setdefault(key, []).append(f"{page[1]}#{name.lower()}")
-            found.setdefault(f"cxr_book.{f.stem}", []).append(page[1])
-    return {name: pages[0] for name, pages in found.items() if len(pages) == 1}
-
-
 def _linked(text: str, known: dict[str, str], page: str) -> str:
     "Prose with names in backticks linked; not in fences, links, tables, and not a plain word such as `read`."
 
@@ -352,11 +349,27 @@ def _filter_command():
     print(json.dumps(page))
 
 
-@app.command("touch")
-def _touch_command():
-    "Make the notebooks look new, so that Quarto filters them again."
-    for f in sorted((_say(project) / "nbs").glob("*.ipynb")):
+@app.command("pages")
+def _pages_command():
+    "Make all that Quarto needs: list of names, first page, downloads, filtered notebooks; then call `quarto render`."
+    root = _say(project)
+    if late := check(root):
+        print(*late, sep="\n", file=sys.stderr)
+        raise typer.Exit(1)
+    print(_say(write_pages, root, published(root)))
+    for f in sorted((root / "nbs").glob("*.ipynb")):
+        _say(filtered, read_json(f), root)
         os.utime(f)
+
+
+@app.command("crawl")
+def _crawl_command(
+    folder: Path = typer.Argument(..., help="the rendered site, `_book` for one"),
+):
+    "List links, references and files of the rendered pages that lead nowhere; exit 1 if there are any."
+    found = _say(crawl, folder)
+    print(*(found or ["every link leads somewhere, and nothing needs the network"]), sep="\n")
+    raise typer.Exit(bool(found))
 
 
 if __name__ == "__main__" and __package__:
