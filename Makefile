@@ -7,12 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PRESET ?= quick
-BOOK := runs/book-$(PRESET)
-CODE := $(wildcard cxr_book/*.py) $(wildcard cxr_book/reported/*)
-NOTEBOOKS := $(sort $(notdir $(basename $(wildcard nbs/*.ipynb))))
-CHAPTERS := $(filter 10_% 11_% 12_% 13_% 14_%,$(NOTEBOOKS))
-EXECUTED := $(NOTEBOOKS:%=$(BOOK)/%/notebook.ipynb)
 JOBS ?= 2
+SHOWN := runs/published-$(PRESET)
 THREADS := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$(( n > $(JOBS) ? n / $(JOBS) : 1 )))
 
 help:  ## show this list
@@ -33,30 +29,20 @@ $(READY): pyproject.toml
 	@touch $@
 
 book: install  ## run every notebook on the drawn data set, then render the site (PRESET=smoke|quick|paper, JOBS=2)
-	@OMP_NUM_THREADS=$(THREADS) $(MAKE) --no-print-directory -j $(JOBS) $(EXECUTED)
-	@$(BIN)/python -m cxr_book.site publish $(BOOK) --to $(BOOK)/published
-	@CXR_BOOK_PUBLISHED=$(BOOK)/published $(MAKE) --no-print-directory site
-	@echo; echo "The executed notebooks: $(BOOK)/*/notebook.ipynb"
-	@echo "The results of a chapter: $(CHAPTERS:%=$(BOOK)/%) (metrics.json, figures/, a run folder for each model)"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cxr-book run configs/book.yaml --preset $(PRESET) --workers $(JOBS) --publish $(SHOWN)
+	@CXR_BOOK_PUBLISHED=$(SHOWN) $(MAKE) --no-print-directory site
+	@echo; echo "Which method for what: $$(ls -td runs/21_compare-*/ | head -1)notebook.ipynb"
+	@echo "A prediction, as a page: $$(ls -td runs/22_predict-*/ | head -1)predictions/index.html"
+	@echo "All executed notebooks: $(SHOWN)/; runs, weights and figures: cxr-book runs"
 	@! command -v quarto >/dev/null || echo "The site: _book/index.html"
 
-# A run that was killed goes on; a finished run whose code has changed since starts again.
-$(BOOK)/%/notebook.ipynb: nbs/%.ipynb $(CODE) | $(READY)
-	@[ ! -f $@ ] || rm -rf $(@D)
-	@mkdir -p $(@D)
-	@echo "== $*"
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m papermill $< $(@D)/running.ipynb -k python3 --no-progress-bar --log-output \
-	  --log-level WARNING --stdout-file /dev/stdout $(if $(filter $*,$(CHAPTERS)),-p preset $(PRESET) -p out_dir $(@D)) \
-	  || { echo "$* failed; the copy with the traceback: $(@D)/running.ipynb"; exit 1; }
-	@mv $(@D)/running.ipynb $@
+edition: install  ## the published edition: all chapters with rivals and ablations, taken into published/ (an hour or two)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cxr-book run configs/edition.yaml --workers $(JOBS) --publish published
 
 site: install  ## render the site from published/ with Quarto, where it is installed
 	@if command -v quarto >/dev/null; then \
 	  PATH="$(CURDIR)/$(BIN):$$PATH"; python -m cxr_book.site touch && quarto render; \
 	else echo "Quarto is not on the PATH, so the site is not rendered (all else is done). Get it from quarto.org, or: pip install quarto-cli"; fi
-
-publish: install  ## take the executed notebooks of the last `make book` into published/
-	$(BIN)/python -m cxr_book.site publish $(BOOK)
 
 test: install  ## all tests, file by file on JOBS processes
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
@@ -71,4 +57,4 @@ untwin: install  ## the edited script back into its notebook, keeping cell ids a
 	$(BIN)/jupytext --to ipynb --update --output $(NB) $(NB:.ipynb=.py) && rm $(NB:.ipynb=.py)
 	$(MAKE) --no-print-directory export
 
-.PHONY: help install book site publish test export twin untwin
+.PHONY: help install book edition site test export twin untwin

@@ -140,7 +140,7 @@ const CXR = (() => {
       if (!hot[cell] || outer.has(labels[cell])) continue;
       const [x, y] = [cell % size, (cell / size) | 0];
       const edge = x === 0 || y === 0 || x === size - 1 || y === size - 1;
-      if (edge || reach[cell - 1] || reach[cell + 1] || reach[cell - size] || reach[cell + size]) outer.add(labels[cell]);
+      if (edge || [-1, 1, -size, size].some((step) => reach[cell + step])) outer.add(labels[cell]);
     }
     let cell = hottest(heat);
     let main = labels[cell];
@@ -245,7 +245,9 @@ const CXR = (() => {
     return ties[ties.length >> 1];
   }
 
-  return { SIZE, LEVELS, decode, upsample, otsu, hottest, detect, iou, iobb, energy, pointing, overlap, score, curve, bestOf };
+  return {
+    SIZE, LEVELS, decode, upsample, otsu, hottest, detect, iou, iobb, energy, pointing, overlap, score, curve, bestOf,
+  };
 })();
 
 // ---- the page ----
@@ -263,7 +265,8 @@ function cxrExplorer(root, data) {
   const byName = Object.fromEntries(data.methods.map((method) => [method.name, method]));
   const wide = root.clientWidth >= 640;
   const state = {
-    image: 0, finding: 0, box: 0, opacity: 0.65, linked: true, show: { truth: true, boxes: true, outline: true, point: true },
+    image: 0, finding: 0, box: 0, opacity: 0.65, linked: true,
+    show: { truth: true, boxes: true, outline: true, point: true },
     panels: [0, 1].map((i) => {
       const method = data.methods[i] && (i === 0 || wide) ? data.methods[i].name : "";
       return { method, rule: "", cut: 0.5, preset: "validated" };
@@ -406,8 +409,8 @@ function cxrExplorer(root, data) {
     oninput: (event) => { state.opacity = event.target.value / 100; drawPanels(); } });
   const toggles = element("div", { class: "cxr-toggles" },
     element("label", { class: "cxr-field cxr-opacity" }, element("span", {}, "heat map"), opacity),
-    ...[["truth", "true box"], ["boxes", "predicted box"], ["outline", "hot region"], ["point", "hottest point"]].map(([key, text]) =>
-      tick(text, true, (on) => { state.show[key] = on; drawPanels(); })), linkBox);
+    ...Object.entries({ truth: "true box", boxes: "predicted box", outline: "hot region", point: "hottest point" })
+      .map(([key, text]) => tick(text, true, (on) => { state.show[key] = on; drawPanels(); })), linkBox);
   const views = state.panels.map((panel, i) => makePanel(panel, i));
 
   root.classList.add("cxr-ready");
@@ -467,11 +470,17 @@ function cxrExplorer(root, data) {
   // -- a panel
 
   function makePanel(panel, i) {
-    const view = { panel, canvas: element("canvas", { role: "img" }),
-      layer: element("canvas", { width: size, height: size }), value: element("output", {}),
-      chart: element("svg", { class: "cxr-chart", "aria-hidden": "true" }), scores: element("dl", { class: "cxr-scores" }),
+    const view = {
+      panel,
+      canvas: element("canvas", { role: "img" }),
+      layer: element("canvas", { width: size, height: size }), // the heat alone, one pixel a cell
+      scores: element("dl", { class: "cxr-scores" }),
+      value: element("output", {}),
+      chart: element("svg", { class: "cxr-chart", "aria-hidden": "true" }),
       buttons: element("div", { class: "cxr-presets", role: "group", "aria-label": "Thresholds to jump to" }),
-      said: element("p", { class: "cxr-said" }), missing: element("p", {}, "This method has no map of this finding here.") };
+      said: element("p", { class: "cxr-said" }),
+      missing: element("p", {}, "This method has no map of this finding here."),
+    };
     const methods = data.methods.map((method) => [method.name, method.title]);
     const none = i ? [["", "none"]] : [];
     view.method = select(i ? "Second method" : "Method", [...none, ...methods], panel.method, (value) => {
@@ -734,9 +743,10 @@ function cxrExplorer(root, data) {
     const list = presets(panel);
     list.filter(([key]) => key === "validated" || key === "otsu").forEach(([key, name, value], row) => {
       const right = value > 0.8;
-      parts.push(element("line", { class: `cxr-mark cxr-${key}`, x1: x(value), x2: x(value), y1: 6 + 14 * row, y2: height }),
-        element("text", { class: "cxr-label", x: x(value) + (right ? -4 : 4), y: 11 + 14 * row,
-          "text-anchor": right ? "end" : "start" }, name));
+      const at = { x1: x(value), x2: x(value), y1: 6 + 14 * row, y2: height };
+      const beside = { x: x(value) + (right ? -4 : 4), y: 11 + 14 * row, "text-anchor": right ? "end" : "start" };
+      parts.push(element("line", { class: `cxr-mark cxr-${key}`, ...at }),
+        element("text", { class: "cxr-label", ...beside }, name));
     });
     view.said.textContent = "";
     if (truth()) {

@@ -100,7 +100,7 @@ def check_explorer(
         for name, maps in image["maps"].items():
             for k, text in maps.items():
                 cells = len(text) * 3 // 4 - text.count("=")
-                need(math.isqrt(cells) ** 2 == cells > 0, f"{image['name']}: map {k} of {name} has {cells} cells, no square")
+                need(math.isqrt(cells) ** 2 == cells > 0, f"{image['name']}: {name} has {cells} cells, no square")
             absent = {str(b["finding"]) for b in image["boxes"]} - set(maps)
             need(not absent, f"{image['name']}: {name} has no map of the boxed finding {sorted(absent)}")
 

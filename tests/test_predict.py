@@ -104,12 +104,12 @@ def scene(path, shape=(700, 1000), box=(600, 350, 750, 490), dark=10):
 @pytest.fixture(scope="module", params=["whole", "centre"])
 def study(request, tmp_path_factory):
     "A baseline that was trained for an epoch, on whole images or on their centre as in paper 004."
-    home = tmp_path_factory.mktemp(request.param)
+    home = tmp_path_factory.getbasetemp() / "home"
     crop = dict(centre_crop=0.875, out_size=56) if request.param == "centre" else {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXR_BOOK_HOME", str(home))
         settings = BaselineSettings.from_preset("smoke", augment=Augment(**crop), precision="32-true", n_boot=0)
-        study = open_study(settings, "10_baselines", home / "run")
+        study = open_study(settings, "10_baselines", home / request.param)
         method, _ = fit(study, "dcnn", methods(settings)["dcnn"])
         parts = predict_parts(study, method)
         score_all(study, {"dcnn": parts}, BoxRule(rule="largest", threshold=0.7))
@@ -217,7 +217,7 @@ def test_hostile_names(stand, tmp_path):
         (tmp_path / folder).mkdir()
         for name in names:
             (tmp_path / folder / name).write_bytes(scene(tmp_path / "s.png", (60, 60), (9, 9, 20, 20)).read_bytes())
-    (tmp_path / "s.png").rename(os.fsencode(tmp_path) + b"/in/\xff\xfe.png")
+    os.rename(os.fsencode(tmp_path / "s.png"), os.fsencode(tmp_path) + b"/in/\xff\xfe.png")
     here = Path.cwd()
     try:
         os.chdir(tmp_path / "in")
@@ -247,10 +247,10 @@ def test_unreadable_files(stand, tmp_path, capsys):
     for i in range(5):
         scene(tmp_path / f"{i}.png", (50, 60), (9, 9, 20, 20))
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:60])
-    (tmp_path / "readme").write_text("text")
+    (tmp_path / "readme").write_text("text")  # and the weights: two other files
     files = [tmp_path, tmp_path / "missing.png"]
     summary = predict_files(files, stand, tmp_path / "out", batch_size=2)
-    assert (summary.pictures, summary.failed, summary.others, summary.code) == (4, 2, 1, 1)
+    assert (summary.pictures, summary.failed, summary.others, summary.code) == (4, 2, 2, 1)
     assert {Path(r["file"]).name for r in rows(tmp_path / "out", "errors.csv")} == {"2.png", "missing.png"}
     said = capsys.readouterr().err
     assert "2.png" in said and "missing.png" in said and "Traceback" not in said
@@ -313,85 +313,93 @@ def test_weights_that_are_a_pickle(study, tmp_path):
         (folder / "weights.safetensors").write_bytes(whole)
 
 
+def many(folder, n):
+    "Some pictures, one of them of six frames."
+    files = [scene(folder / f"{i:02}.png", (80, 90), (i, 9, i + 20, 30)) for i in range(n - 1)]
+    ds = pydicom.Dataset()
+    ds.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
+    set_pixel_data(ds, np.random.default_rng(0).integers(0, 255, (6, 30, 30)).astype(np.uint8), "MONOCHROME2", 8)
+    ds.save_as(folder / "many.dcm", enforce_file_format=True)
+    return [files[0], folder / "many.dcm", *files[1:]]
+
+
+def results(out):
+    "Journal and table, in an order of their own."
+    told = sorted((line["file"], line["frame"], str(line["findings"])) for line in lines(out))
+    return told, sorted(map(str, rows(out)))
+
+
+def test_stopped_at_any_moment(stand, tmp_path):
+    files, out, rng = many(tmp_path, 9), tmp_path / "out", np.random.default_rng(3)
+    predict_files(files, stand, out)
+    whole, journal = results(out), (out / "predictions.jsonl").read_bytes()
+    assert len(whole[0]) == 14 and len(whole[1]) == 14 * 14
+    for cut in [0, *rng.integers(1, len(journal), 9).tolist()]:  # what a kill leaves: lines, and a piece of one
+        (out / "predictions.jsonl").write_bytes(journal[:cut])
+        (out / "predictions.csv").unlink(missing_ok=True)
+        (out / "index.html").unlink()
+        complete = journal[:cut].count(b"\n")
+        summary = predict_files(files, stand, out)
+        redone = complete - 1 if 1 < complete < 7 else 0  # frames of the file that was not complete
+        assert summary.pictures == 14 - complete + redone and results(out) == whole, cut
+        assert (out / "index.html").exists()
+
+
 SCRIPT = """
-import resource, sys, time
+import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_predict import Stand, predict_files
 class Slow(Stand):
     def load(self):
         method = super().load()
-        method.register_forward_hook(lambda *_: time.sleep(float(sys.argv[4])))
+        method.register_forward_hook(lambda *_: time.sleep(0.3))
         return method
-files = Path(sys.argv[3]).read_text().splitlines()
-summary = predict_files(files, Slow(Path(sys.argv[2]) / "run"), Path(sys.argv[2]) / "out", workers=2, batch_size=4)
-print("done", summary.pictures, summary.kept, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+folder = Path(sys.argv[2])
+predict_files(sorted(folder.glob("*.*")), Slow(folder / "run"), folder / "out", workers=2, batch_size=2)
 """
 
 
-def command(folder, files, pause=0.0):
-    listing = folder / "files.txt"
-    listing.write_text("\n".join(map(str, files)))
-    return [sys.executable, "-c", SCRIPT, Path(__file__).parent, folder, listing, str(pause)]
-
-
-def test_killed_and_gone_on_with(stand, tmp_path):
-    files = [scene(tmp_path / f"{i:02}.png", (80, 90), (i, 9, i + 20, 30)) for i in range(40)]
-    ds = pydicom.Dataset()
-    ds.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
-    set_pixel_data(ds, np.random.default_rng(0).integers(0, 255, (6, 30, 30)).astype(np.uint8), "MONOCHROME2", 8)
-    ds.save_as(tmp_path / "many.dcm", enforce_file_format=True)
-    files.insert(1, tmp_path / "many.dcm")
-    whole = tmp_path / "whole"
-    predict_files(files, stand, whole)
-    journal = tmp_path / "out" / "predictions.jsonl"
-    for least in (3, 15, 30):
-        running = subprocess.Popen(list(map(str, command(tmp_path, files, 0.15))), stdout=subprocess.DEVNULL)
-        for _ in range(1500):
-            if journal.exists() and journal.read_bytes().count(b"\n") >= least:
-                break
+def test_killed(stand, tmp_path):
+    many(tmp_path, 40)
+    out = tmp_path / "out"
+    running = subprocess.Popen([sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path)])
+    try:
+        while not (out / "predictions.jsonl").exists() or (out / "predictions.jsonl").read_bytes().count(b"\n") < 8:
+            assert running.poll() is None
             time.sleep(0.02)
+        with pytest.raises(CxrError, match="another prediction"):
+            predict_files([tmp_path], stand, out)
+    finally:
         os.kill(running.pid, signal.SIGKILL)
         running.wait()
-        with open(journal, "a") as f:
-            f.write('{"cut o')
-        assert not (tmp_path / "out" / "predictions.csv").exists()
-    before = journal.read_bytes().count(b"\n")
-    summary = predict_files(files, stand, tmp_path / "out")
-    assert summary.kept >= before - 7 - 1 and summary.pictures + len(lines(whole)) - 46 <= 46 - before + 7
-    key = lambda out: sorted((ln["file"], ln["frame"], str(ln["findings"])) for ln in lines(out))  # noqa: E731
-    assert key(tmp_path / "out") == key(whole)
-    table = lambda out: sorted(map(str, rows(out)))  # noqa: E731
-    assert table(tmp_path / "out") == table(whole) and len(rows(whole)) == 46 * 14
-    left = [p for p in (tmp_path / "out").rglob("*.tmp")]
-    assert len(left) <= 3 * 8  # of the killed ones; none is taken for a result
+    before = (out / "predictions.jsonl").read_bytes().count(b"\n")
+    assert 8 <= before < 45 and not (out / "predictions.csv").exists()
+    summary = predict_files(sorted(tmp_path.glob("*.*")), stand, out)
+    assert summary.pictures == 45 - before and summary.kept == before  # the six frames come last
+    predict_files(sorted(tmp_path.glob("*.*")), stand, tmp_path / "whole")
+    assert results(out) == results(tmp_path / "whole")
 
 
+def peak_mb(work):
+    "The largest resident memory of this process while it works."
+    Path("/proc/self/clear_refs").write_text("5")
+    work()
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not tell")
 def test_memory_does_not_grow_with_the_images(stand, tmp_path):
-    image = scene(tmp_path / "s.png", (300, 300), (9, 90, 50, 190)).read_bytes()
-    for i in range(400):
-        (tmp_path / f"{i:03}.png").write_bytes(image)
-    peaks = {}
-    for n in (100, 400):
-        files = [tmp_path / f"{i:03}.png" for i in range(n)]
-        done = subprocess.run(list(map(str, command(tmp_path, files))), capture_output=True, text=True)
-        assert f"done {n if n == 100 else 300}" in done.stdout, done.stderr[-2000:]
-        peaks[n] = int(done.stdout.split()[-1]) / 1024
-        assert len(lines(tmp_path / "out")) == n
-    assert peaks[400] < peaks[100] + 12, peaks  # MB
-
-
-def test_two_at_once_are_refused(stand, tmp_path):
-    files = [scene(tmp_path / f"{i}.png", (50, 60), (9, 9, 20, 20)) for i in range(9)]
-    running = subprocess.Popen(list(map(str, command(tmp_path, files, 5))), stdout=subprocess.DEVNULL)
-    try:
-        while not (tmp_path / "out" / "predictions.jsonl").exists():
-            time.sleep(0.05)
-        with pytest.raises(CxrError, match="another prediction"):
-            predict_files(files, stand, tmp_path / "out")
-    finally:
-        running.kill()
-        running.wait()
+    image = scene(tmp_path / "s.png", (400, 400), (9, 90, 50, 190)).read_bytes()
+    files = [tmp_path / f"{i:03}.png" for i in range(500)]
+    for file in files:
+        file.write_bytes(image)
+    peaks = [
+        peak_mb(lambda: predict_files(some, stand, tmp_path / f"{len(some)}", findings="Mass", workers=2))
+        for some in (files[:30], files[:100], files[:500])
+    ]
+    assert peaks[2] < peaks[1] + 12, peaks  # 500 pictures are 80 MB
 
 
 def test_columns(stand, tmp_path):
