@@ -256,8 +256,6 @@ function cxrExplorer(root, data) {
   const TRUE = "#00e676", PREDICTED = "#ff1744"; // the colours of every figure of the book
   const INFERNO = ["000004", "0b0724", "210c4a", "3d0965", "57106e", "71196e", "8a226a", "a32c61", "bc3754", "d24644",
     "e45a31", "f1731d", "f98e09", "fcac11", "f9cb35", "f2ea69", "fcffa4"];
-  const RULES = { largest: "largest piece", contours: "every outer contour", union: "one box around all",
-    patches: "hot patches, no box" };
   const size = CXR.SIZE;
   const readable = (name) => name.replace(/_/g, " ");
   const number = (value, digits = 2) => (Number.isFinite(value) ? value.toFixed(digits) : "—");
@@ -419,7 +417,12 @@ function cxrExplorer(root, data) {
   strip.append(choices("strip", "Radiograph", data.images.map((im, i) => ({
     content: element("img", { src: source(im), alt: "", width: 256, height: 256, loading: "lazy" }),
     label: `${i + 1} of ${data.images.length}: ${im.labels.map(readable).join(", ") || "no finding"}`,
-  })), state.image, (i) => { Object.assign(state, { image: i, finding: 0, box: 0 }); chooseFinding(); }));
+  })), state.image, (i) => {
+    const k = current(), there = boxesOf(data.images[i], k).length; // the same finding again, where it is there
+    state.image = i;
+    Object.assign(state, { finding: there ? findingsOf(image()).indexOf(k) : 0, box: 0 });
+    chooseFinding();
+  }));
 
   function source(im) {
     return im.jpeg.startsWith("data:") ? im.jpeg : `data:image/jpeg;base64,${im.jpeg}`;
@@ -462,6 +465,8 @@ function cxrExplorer(root, data) {
 
   /** Another image, finding, method or rule. */
   function changed() {
+    strip.querySelectorAll("label").forEach((label, i) =>
+      label.classList.toggle("cxr-same", boxesOf(data.images[i], current()).length > 0));
     state.panels.forEach(settle);
     drawPanels();
     computeMeans();
@@ -559,7 +564,7 @@ function cxrExplorer(root, data) {
     const chosen = ruleOf(panel);
     const list = view.rule.querySelector("select");
     const options = names.map((rule) => element("option", { value: rule, selected: rule === chosen },
-      rule === own ? `${RULES[rule]} (its own)` : RULES[rule]));
+      rule === own ? `${rule} (own)` : rule));
     if (list.dataset.of !== `${panel.method} ${chosen}`) list.replaceChildren(...options);
     list.dataset.of = `${panel.method} ${chosen}`;
   }

@@ -297,7 +297,7 @@ class _Screen:
             self.live.update(_table(outcomes, outcomes), refresh=True)
         elif not self.quiet:
             self.show(outcomes)
-            print(_counts(outcomes), flush=True)
+            print(f"{_counts(outcomes)}, in {outcomes[0].job.folder.parent}", flush=True)
 
 # %% ../nbs/20_batch.ipynb #3a786323
 def _line(o: Outcome) -> str:

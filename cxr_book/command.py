@@ -82,7 +82,7 @@ def run(
 
         batch = make_batch(notebooks or [], preset, data_root, seed, parse_parameters(parameter))
         if dry:
-            print(*(f"{job.label}  ->  {job.folder}" for job in plan(batch, out)), sep="\n")
+            print(*(f"{job.notebook} {job.label}  ->  {job.folder}" for job in plan(batch, out)), sep="\n")
             return
         found = run_batch(batch, out, again=again, reuse=reuse, retries=retries, workers=workers, address=scheduler)
         done = all(outcome.ok for outcome in found)

@@ -30,6 +30,7 @@ from .data import Radiographs
 from .evaluation import Pairs, Predictions, cuts_of, evaluate, pairs_of, predict, score_pairs, to_frame
 from .limited import make_folds
 from .localization import BoxRule
+from .results import MODES
 from .splits import without_patients
 from .study import Study, open_study
 
@@ -108,7 +109,7 @@ def member_of(trained: Trained, study: Study) -> Member:
         known, test = np.concatenate([known, fold.learn]), fold.test
     return Member(trained, np.sort(known), np.sort(without_patients(study.radiographs, test, known)))
 
-
+# %% ../nbs/20c_contest.ipynb #eb1c6133
 def enter(
     runs: Sequence[Path | str],  # run folders of chapters; they are only read
     folder: Path | str,  # where to keep what is needed to open them
@@ -131,7 +132,7 @@ def enter(
         raise CxrError("runs: there is no finished run to compare; run a chapter first, or name run folders")
     for entrant in found.values():
         if not np.array_equal(entrant.study.split.test, next(iter(found.values())).study.split.test):
-            raise CxrError(f"{entrant.trained.run}: split: other test images than {runs[0]}; compare runs of one split")
+            raise CxrError(f"{entrant.trained.run}: split: its test images are not those of {runs[0]}; use one split")
     return found
 
 
@@ -232,7 +233,7 @@ class Comparison:
     run: Run
     entrants: dict[str, Entrant]
     parts: dict[str, np.ndarray] = field(init=False)  # rows of the test part, by the name of the part
-    scores: pd.DataFrame = field(init=False, repr=False)  # long form: part, rule, method, mode, metric, finding, value ...
+    scores: pd.DataFrame = field(init=False, repr=False)  # long: part, rule, method, mode, metric, finding, value, ...
     cuts: dict[str, np.ndarray] = field(init=False, repr=False)  # validated threshold of each finding, own rule
     _values: dict = field(init=False, repr=False, default_factory=dict)  # what `values` was asked for
 
@@ -244,28 +245,32 @@ class Comparison:
         found = Parallel(n_cpus(), prefer="threads", return_as="generator")(jobs)
         frames = []
         for key, results in zip(self.entrants, progress(found, "scoring", len(self.entrants))):
-            frames += [to_frame(r, key).assign(part=p, rule=rule) for p, by in results.items() for rule, r in by.items()]
-            for by in results.values():
+            for part, by in results.items():
+                frames += [to_frame(r, key).assign(part=part, rule=rule) for rule, r in by.items()]
                 if "validated" in by["own"]["modes"]:
                     self.cuts[key] = cuts_of(by["own"]["modes"]["validated"]["thresholds"])
         frames += [frame for part in self.parts for frame in self._judge_controls(part)]
         self.scores = pd.concat(frames, ignore_index=True).astype(dict(value=float, low=float, high=float))
 
-    @property
-    def data(self) -> Radiographs:
-        return next(iter(self.entrants.values())).study.radiographs
-
-    @property
-    def patients(self) -> np.ndarray:
-        "The patient of each row."
-        return self.data.table["patient"].to_numpy()
-
-    @property
-    def shown(self) -> str:
-        "The part on which all methods are judged."
-        return "common" if "common" in self.parts else "all"
-
 # %% ../nbs/20c_contest.ipynb #302d5cee
+@patch(as_prop=True)
+def data(self: Comparison) -> Radiographs:
+    "The images that all are judged on."
+    return next(iter(self.entrants.values())).study.radiographs
+
+
+@patch(as_prop=True)
+def patients(self: Comparison) -> np.ndarray:
+    "The patient of each row."
+    return self.data.table["patient"].to_numpy()
+
+
+@patch(as_prop=True)
+def shown(self: Comparison) -> str:
+    "The part on which all methods are judged."
+    return "common" if "common" in self.parts else "all"
+
+
 @patch
 def test(self: Comparison, key: str) -> Predictions:
     "A method's predictions on the images that it may be judged on."
@@ -277,7 +282,7 @@ def valid(self: Comparison, key: str) -> Predictions:
     "Its predictions on its own validation part."
     return predictions_of(self.entrants[key], "valid", self.run.folder / "predictions")
 
-
+# %% ../nbs/20c_contest.ipynb #c9306a86
 @patch
 def on(self: Comparison, part: str) -> list[str]:
     "The methods that are judged on a part."
@@ -293,6 +298,15 @@ def mains(self: Comparison, part: str = "all") -> list[str]:
     return [key for key in first.values() if key in self.on(part)]
 
 # %% ../nbs/20c_contest.ipynb #bec42da1
+def _shared(own: dict[str, Any], rule: BoxRule) -> dict[str, Any]:
+    "What a rule has in common with one that was evaluated: the chosen thresholds, where only the fixed ones differ."
+    if BoxRule(**own["rule"]).but(threshold=rule.threshold) != rule:
+        return {}
+    modes = {mode: found for mode, found in own["modes"].items() if mode != "fixed"}
+    asked = lambda found: found["metrics"]["IoU"].keys() & set(FINDINGS)  # noqa: E731
+    return {mode: found for mode, found in modes.items() if all(found["source"][f] != "rule" for f in asked(found))}
+
+# %% ../nbs/20c_contest.ipynb #a2f191f1
 @patch
 def _judge(self: Comparison, key: str) -> dict[str, Any]:
     "Results of a method by part and rule, each as of `evaluate`; from the disk where nothing has changed."
@@ -311,7 +325,11 @@ def _judge(self: Comparison, key: str) -> dict[str, Any]:
     for part, rows in parts.items():
         for name, rule in rules.items():
             how = dict(validation=valid, n_boot=s.n_boot, seed=s.seed, classify=name == "own")
-            results.setdefault(part, {})[name] = evaluate(subset(test, rows), self.data, rule, **how)
+            known = _shared(results[part]["own"], rule) if name == "common" else {}
+            how["thresholds"] = tuple(mode for mode in MODES if mode not in known)
+            result = evaluate(subset(test, rows), self.data, rule, **how)
+            result["modes"] |= known
+            results.setdefault(part, {})[name] = result
     write_json(path, dict(stamp=stamp, results=results))
     return results
 
@@ -324,7 +342,7 @@ def _judge_controls(self: Comparison, part: str) -> list[pd.DataFrame]:
     found = score_controls(subset(self.test(key), self.parts[part]), self.data, COMMON, **how)
     return [to_frame(r, f"control: {name}").assign(part=part, rule="common") for name, r in found.items()]
 
-# %% ../nbs/20c_contest.ipynb #a2f191f1
+# %% ../nbs/20c_contest.ipynb #b2edac4f
 @patch
 def means(
     self: Comparison,
@@ -352,7 +370,7 @@ def values(self: Comparison, key: str, rows: np.ndarray) -> tuple[Pairs, dict[st
     at = np.isin(pairs.row, rows)
     return Pairs(*(column[at] for column in pairs)), {name: v[at] for name, v in found.items()}
 
-
+# %% ../nbs/20c_contest.ipynb #28a6aaf0
 @patch
 def command(self: Comparison) -> str:
     "What makes the page again."
@@ -365,4 +383,5 @@ def command(self: Comparison) -> str:
     given = {"preset": s.preset, "data_root": s.data_root and short(s.data_root), "seed": s.seed}
     asked = "".join(f" -p {k} {shlex.quote(str(v))}" for k, v in given.items() if v)
     lists = {k: f"{{{k}: [{', '.join(map(short, v))}]}}" for k, v in (("runs", s.runs), ("stressed", s.stressed)) if v}
-    return f"python -m papermill nbs/21_compare.ipynb OUT -k python3{asked}" + "".join(f" -y '{v}'" for v in lists.values())
+    asked += "".join(f" -y '{v}'" for v in lists.values())
+    return f"python -m papermill nbs/21_compare.ipynb OUT -k python3{asked}"

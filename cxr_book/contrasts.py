@@ -75,7 +75,7 @@ def value_pairs(
 # %% ../nbs/20d_contrasts.ipynb #b684996e
 @patch
 def paired(self: Comparison, part: str = "all", metrics: Sequence[str] = ("AUROC", "IoU")) -> pd.DataFrame:
-    "Every two methods of a part by metric: difference of means, interval, p, and p by Holm over all pairs of the metric."
+    "Every two methods of a part by metric: difference of means, interval, p, and p by Holm over all pairs."
     rows, keys, s, frames = self.parts[part], self.on(part), self.settings, []
     how = s.n_test, derive(s.seed, "pairs")
     for metric in metrics:
@@ -85,7 +85,8 @@ def paired(self: Comparison, part: str = "all", metrics: Sequence[str] = ("AUROC
         else:
             known = {key: self.values(key, rows) for key in keys}
             pairs = known[keys[0]][0]
-            found = value_pairs({key: v[metric] for key, (_, v) in known.items()}, pairs, *how) if len(pairs.at) else []
+            values = {key: v[metric] for key, (_, v) in known.items()} if len(pairs.at) else {}
+            found = value_pairs(values, pairs, *how)
         frame = pd.DataFrame(found, columns=["a", "b", "value", "low", "high", "n", "p"])
         frames.append(frame.assign(part=part, metric=metric, holm=holm(frame.p)))
     return pd.concat(frames, ignore_index=True)
@@ -124,14 +125,16 @@ def costs(self: Comparison) -> pd.DataFrame:
     nets, lines, device = {}, {}, next(iter(self.entrants.values())).study.fabric.device
     jobs: dict[int, dict[str, Callable]] = {1: {}, 16: {}}
     for key, e in self.entrants.items():
-        nets[key], side = e.trained.load().to(device), e.trained.input_augment.out_size or e.trained.settings.image_size
+        nets[key] = e.trained.load().to(device)
+        side = e.trained.input_augment.out_size or e.trained.settings.image_size
         for n in jobs:
             jobs[n][key] = partial(_forward, nets[key], torch.rand(n, 1, side, side, device=device))
     rates = {n: in_turns(job, self.settings.rounds, 0.05, device) for n, job in jobs.items()}
     for key, e in self.entrants.items():
         epochs = [line for folder in starts_from(e.trained, nets[key]) for line in read_json(folder / "history.json")]
-        lines[key] = dict(parameters=count_parameters(nets[key])) | {f"seconds_{n}": 1 / float(np.median(rates[n][key])) for n in jobs}
-        lines[key] |= dict(bytes_16=peak_memory(jobs[16][key], device), training=sum(line["seconds"] for line in epochs))
+        times = {f"seconds_{n}": 1 / float(np.median(rates[n][key])) for n in jobs}
+        lines[key] = dict(parameters=count_parameters(nets[key])) | times
+        lines[key] |= dict(bytes_16=peak_memory(jobs[16][key], device), training=sum(e["seconds"] for e in epochs))
     return pd.DataFrame.from_dict(lines, "index").rename_axis("method")
 
 # %% ../nbs/20d_contrasts.ipynb #e0a27af3
@@ -165,7 +168,8 @@ def strata(
     group, frames = cut_into(x, n), []
     for g in np.unique(group):
         at = group == g
-        cells = summarise({key: v[at] for key, v in values.items()}, pairs.finding[at], pairs.patient[at], n_boot, seed)
+        mine = {key: v[at] for key, v in values.items()}
+        cells = summarise(mine, pairs.finding[at], pairs.patient[at], n_boot, seed)
         where = {"part": int(g), "from": x[at].min(), "to": x[at].max(), "at": float(np.median(x[at]))}
         frames += [where | dict(method=key) | found["Micro"] for key, found in cells.items()]
     return pd.DataFrame(frames)
@@ -219,7 +223,7 @@ class Arm(NamedTuple):
     rows: np.ndarray  # of the test part, unseen by both
     logits: tuple[np.ndarray, np.ndarray, np.ndarray]  # (n, K) clean, stressed, and stressed on its own test images
     pairs: Pairs
-    overlap: tuple[np.ndarray, np.ndarray]  # (m,) IoU of clean and stressed at thresholds chosen on its own validation part
+    overlap: tuple[np.ndarray, np.ndarray]  # (m,) IoU of both, each at its own validated thresholds
 
 
 @patch
@@ -255,7 +259,7 @@ def _same(clean: Entrant, other: Entrant) -> None:
 # %% ../nbs/20d_contrasts.ipynb #66b014fd
 @patch
 def under_stress(self: Comparison, stressed: Mapping[str, Entrant]) -> pd.DataFrame:
-    "kind, method, metric, finding, clean, stressed, and the difference with interval and p; where marks tell, the gap too."
+    "kind, method, metric, finding, clean, stressed, difference with interval and p; the gap where marks tell."
     s, lines = self.settings, []
     how = s.n_test, derive(s.seed, "stress")
     for arm in self.arms(stressed):
@@ -273,7 +277,8 @@ def under_stress(self: Comparison, stressed: Mapping[str, Entrant]) -> pd.DataFr
             add("AUROC", finding, draws[0][:, k], draws[1][:, k], int(y[:, k].sum()))
             add("reliance", finding, draws[1][:, k], draws[2][:, k], int(y[:, k].sum()))
         if len(arm.pairs.at):
-            apart = summarise({"IoU": arm.overlap[1] - arm.overlap[0]}, arm.pairs.finding, arm.pairs.patient, *how, test=True)
-            means = [summarise({"IoU": v}, arm.pairs.finding, arm.pairs.patient, 0)["IoU"]["Mean"]["value"] for v in arm.overlap]
-            lines.append(about | dict(metric="IoU", finding="Mean", clean=means[0], stressed=means[1]) | apart["IoU"]["Mean"])
+            known = arm.pairs.finding, arm.pairs.patient
+            apart = summarise({"IoU": arm.overlap[1] - arm.overlap[0]}, *known, *how, test=True)["IoU"]["Mean"]
+            clean, other = (summarise({"IoU": v}, *known, 0)["IoU"]["Mean"]["value"] for v in arm.overlap)
+            lines.append(about | dict(metric="IoU", finding="Mean", clean=clean, stressed=other) | apart)
     return pd.DataFrame(lines)

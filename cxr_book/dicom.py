@@ -207,7 +207,8 @@ def _refuse(ds: Any, path: Path, max_megapixels: float) -> None:
     h, w, n = int(ds.Rows), int(ds.Columns), int(ds.get("NumberOfFrames") or 1)
     if h * w > max_megapixels * 1e6:
         way = "if that is no mistake, resize the image, or raise max_megapixels"
-        raise CxrError(f"{path}: the header promises {w:,} x {h:,} pixels, more than {max_megapixels:g} million; {way}")
+        size = f"{w:,} x {h:,} pixels, more than {max_megapixels:g} million"
+        raise CxrError(f"{path}: the header promises {size}; {way}")
     if n < 1 or not h * w:
         raise CxrError(f"{path}: the header promises {n:,} frames of {w:,} x {h:,} pixels; export the image again")
     _refuse_data(ds, path, h * w)

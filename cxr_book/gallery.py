@@ -64,7 +64,7 @@ def card(
     place = f"nbs/{found.page}.ipynb#{found.label}"
     words = re.sub(r"[\[\]`*$\"\\{}]", "", found.caption)
     image = f'[![]({folder}/{found.label}.png){{fig-alt="{words}" loading="lazy"}}]({place})'
-    return f"::: {{.cxr-card}}\n{image}\n\n{found.caption} [Its place]({place})\n:::"
+    return f"::: {{.cxr-card}}\n{image}\n\n{found.caption} [See it in place]({place})\n:::"
 
 
 def gallery(

@@ -243,6 +243,8 @@ def _job(name: str, source: Path, known: dict[str, Any], given: dict[str, Any], 
     parameters, folders = known | given, {}
     if before and "runs" in known and "runs" not in given:
         parameters["runs"], folders = [str(j.folder) for j in before], dict(runs=[j.folder.name for j in before])
+    if len(before) == 1 and "run" in known and "run" not in given:
+        parameters["run"], folders = str(before[0].folder), folders | dict(run=before[0].folder.name)
     about = {k: str(v) if v is ... else v for k, v in (parameters | folders).items() if k != "out_dir"}
     address = digest([name, about])
     folder = out / f"{name}-{address}"

@@ -43,6 +43,7 @@ def nbs(tmp_path):
     write(folder, "10_grow", COMMON + more, "open(out_dir + '/size', 'w').write(str(lr))")
     write(folder, "11_dry", COMMON, "1 / 0")
     write(folder, "21_judge", COMMON + "runs = []", "print(runs)")
+    write(folder, "22_use", COMMON + "run = ''", "print(run)")
     return folder
 
 
@@ -162,6 +163,16 @@ def test_grid_and_addresses(nbs, monkeypatch):
     assert again[0].address == jobs[1].address
 
 
+def test_the_only_run_that_is_waited_for(nbs):
+    entries = ["10_grow", "11_dry", dict(notebook="22_use", after=["10_grow"])]
+    grow, _, use = plan(Batch(notebooks=entries), nbs.parent / "runs", nbs)
+    assert use.parameters["run"] == str(grow.folder)
+    moved = plan(Batch(notebooks=entries), nbs.parent / "elsewhere", nbs)[-1]
+    assert moved.address == use.address and moved.parameters["run"] != use.parameters["run"]
+    entries[-1]["after"].append("11_dry")
+    assert plan(Batch(notebooks=entries), nbs.parent / "runs", nbs)[-1].parameters["run"] == ""
+
+
 def test_a_changed_default_is_another_run(nbs):
     before = plan(Batch(notebooks=["10_grow"]), nbs=nbs)[0].address
     write(nbs, "10_grow", COMMON + "lr = 2e-3\ncut = True\nsizes = [1]\nmask_root = ''", "1")
@@ -225,8 +236,9 @@ def test_failures_retries_and_what_waits(nbs, cluster):
     done = run_batch(Batch(notebooks=entries), out, nbs, address=cluster, quiet=True)
     assert [o.status for o in done] == ["done", "skipped", "skipped", "done", "done"]
     done = run_batch(Batch(notebooks=["11_dry"]), out, nbs, address=cluster, quiet=True, again=True)
-    done = run_batch(Batch(notebooks=entries), out, nbs, address=cluster, quiet=True)
-    assert [o.status for o in done] == ["skipped", "skipped", "skipped", "done", "done"]  # what they wait for is newer
+    some = Batch(notebooks=[entries[0], entries[3]])
+    done = run_batch(some, out, nbs, address=cluster, quiet=True)
+    assert [o.status for o in done] == ["skipped", "done"]  # what it waits for is newer
 
 
 def test_a_run_that_another_process_is_at_is_waited_for(nbs, cluster, capsys):
@@ -310,16 +322,16 @@ RUNNER = """
 import sys
 from cxr_book.batch import Batch, run_batch
 if __name__ == "__main__":
-    out, nbs, n = sys.argv[1:]
+    out, nbs, n, *address = sys.argv[1:]
     entries = [dict(notebook="10_grow", parameters=dict(seed=[*range(int(n))])), dict(notebook="21_judge", after=["10_grow"])]
-    done = run_batch(Batch(notebooks=entries), out, nbs, workers=2)
+    done = run_batch(Batch(notebooks=entries), out, nbs, workers=2, address="".join(address))
     sys.exit(not all(o.ok for o in done))
 """
 
 
-def start_runner(tmp, n):
+def start_runner(tmp, n, *more):
     (tmp / "runner.py").write_text(RUNNER)
-    command = [sys.executable, tmp / "runner.py", tmp / "runs", tmp / "nbs", n]
+    command = [sys.executable, tmp / "runner.py", tmp / "runs", tmp / "nbs", n, *more]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CXR_BOOK_HOME": str(tmp)}
     with open(tmp / "said", "ab") as said:
         return subprocess.Popen([*map(str, command)], stdout=said, stderr=said, env=env, start_new_session=True)
@@ -375,6 +387,17 @@ def test_killed_at_ten_moments(tmp_path):
     assert len(finished) > n and ended, "no kill hit a notebook"
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_runner_stops_its_notebooks_on_a_cluster(tmp_path, cluster, how):
+    log = tmp_path / "log"
+    write_stages(tmp_path / "nbs", log, pause=300)
+    runner = start_runner(tmp_path, 1, cluster)
+    await_true(lambda: lines(log))
+    runner.send_signal(how)
+    runner.wait()
+    await_true(lambda: not alive(word.split(":")[0] for word in lines(log)), 30)
+
+
 @pytest.mark.slow
 def test_stopped_from_the_keyboard(tmp_path):
     log = tmp_path / "log"
@@ -396,7 +419,8 @@ from cxr_book.baselines import BaselineSettings, train_baselines
 from cxr_book.study import open_study
 
 settings = BaselineSettings.from_preset("smoke")
-train_baselines(open_study(settings, "10_baselines", "run"))
+if __name__ == "__main__":
+    train_baselines(open_study(settings, "10_baselines", "run"))
 """
 
 

@@ -2,21 +2,27 @@
 
 import base64
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
+from cxr_book.core import FINDINGS, read_json
+from cxr_book.gallery import CHOSEN, as_script, check_explorer
 from cxr_book.localization import detect, otsu, overlaps, score, to_image_frame
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "assets" / "explorer.js"
 NODE = shutil.which("node")
 RULES = ("largest", "contours", "union", "patches")
-pytestmark = pytest.mark.skipif(NODE is None, reason="node is not on the PATH; it runs the page's JavaScript")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+in_node = pytest.mark.skipif(NODE is None, reason="node is not on the PATH; it runs the page's JavaScript")
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH; it draws the page")
 
 PROGRAM = """
 const CXR = require(process.argv[1]);
@@ -67,6 +73,7 @@ def some_boxes(n, seed):
     return corners.reshape(n, 4)
 
 
+@in_node
 def test_maps_are_enlarged_as_in_the_package():
     bytes_ = np.random.default_rng(0).integers(0, 256, (4, 32, 32)).astype(np.uint8)
     cases = [dict(call="upsample", bytes=base64.b64encode(m.tobytes()).decode(), size=128) for m in bytes_]
@@ -76,7 +83,8 @@ def test_maps_are_enlarged_as_in_the_package():
     assert np.abs(got - want).max() < 1e-6
 
 
-@pytest.mark.parametrize("size, n, kind", [(7, 40, "float32"), (16, 20, "float64"), (128, 2, "float32")])
+@in_node
+@pytest.mark.parametrize("size, n, kind", [(7, 40, "float32"), (16, 20, "float64"), (128, 1, "float32")])
 def test_boxes_regions_and_scores_are_the_packages(size, n, kind):
     heats, cuts = some_maps(size, n, size).astype(kind), [0.0, 0.2, 1 / 3, 0.5, 0.613, 1.0]
     truths = some_boxes(2, size)
@@ -103,6 +111,7 @@ def check_scores(heats, found, truths, answers):
             assert np.abs(got - want[names.get(name, name)]).max() < 1e-6, name
 
 
+@in_node
 def test_a_piece_in_a_hole_has_no_box_and_its_peak_makes_the_ring_the_first():
     heat = np.zeros((9, 9), np.float32)
     heat[1:7, 1:7], heat[2:6, 2:6], heat[3:5, 3:5], heat[8, 0] = 0.6, 0, 1, 0.9
@@ -112,6 +121,7 @@ def test_a_piece_in_a_hole_has_no_box_and_its_peak_makes_the_ring_the_first():
     assert np.allclose(detect(heat[None], "contours", 0.5).boxes, [ring, corner])
 
 
+@in_node
 def test_curves_and_the_best_threshold_are_the_packages():
     heats, box = smooth(np.random.default_rng(5), 32, 2), some_boxes(1, 5)
     cuts = np.arange(101) / 100
@@ -123,6 +133,7 @@ def test_curves_and_the_best_threshold_are_the_packages():
     assert node([dict(call="best", heat=v) for v in ties]) == best == [2, 1, 0, 4]
 
 
+@in_node
 def test_from_bytes_to_the_score_it_is_the_packages_number():
     "Bytes as the data hold them, enlarged on either side, at thresholds that no cell meets exactly."
     draw = np.random.default_rng(3)
@@ -137,3 +148,82 @@ def test_from_bytes_to_the_score_it_is_the_packages_number():
         for j, cut in enumerate(cuts):
             found = detect(big.numpy(), rule, cut)
             check_scores(big.numpy(), found, truths, [a["scores"][i][j] for a in answers])
+
+
+# ---- pages and data ----
+
+
+def toy():
+    "Three radiographs, two methods, two findings; the second method has no map of the third radiograph."
+    heats = np.round(smooth(np.random.default_rng(1), 32, 12) * 255).astype(np.uint8)
+    text = iter(base64.b64encode(h.tobytes()).decode() for h in heats)
+    boxes = [dict(finding=k, box=[0.2, 0.3, 0.6, 0.8]) for k in (2, 5)]
+    jpeg = base64.b64encode(cv2.imencode(".jpg", np.full((32, 32), 90, np.uint8))[1].tobytes()).decode()
+    images = [
+        dict(name=f"{i}.png", jpeg=jpeg, labels=[FINDINGS[2]], boxes=boxes,
+             maps={m: {k: next(text) for k in ("2", "5")} for m in ("a", "b")[: 2 - (i == 2)]})
+        for i in range(3)
+    ]  # fmt: skip
+    cuts = dict(a=[0.45] * 14, b=[None] * 14)
+    methods = [dict(name=m, title=f"Method {m}", rule="largest", thresholds=cuts[m]) for m in "ab"]
+    return dict(findings=list(FINDINGS), methods=methods, images=images)
+
+
+@in_browser
+def test_the_page_shows_the_packages_numbers(tmp_path):
+    data, page = toy(), tmp_path / "page.html"
+    check_explorer(data)
+    block = re.search(r"```\{=html\}\n(.*?)```", (ROOT / "explore.qmd").read_text(), re.S)[1]
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "explorer.js").write_text(as_script(data))
+    shutil.copytree(ROOT / "assets", tmp_path / "assets")
+    page.write_text(f"<!doctype html><meta charset=utf-8><body class=quarto-light style='width:900px'>{block}")
+    quiet = "quic background-networking component-update sync gpu".split()
+    flags = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{f}" for f in quiet)]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,1400", "--virtual-time-budget=4000"]
+    done = subprocess.run([CHROMIUM, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+    panels = done.stdout.split("<section")[1:]
+    assert len(panels) == 2, done.stderr[-2000:]
+    assert len(re.findall(r'name="cxr-strip"', done.stdout)) == 3
+    heats = [base64.b64decode(data["images"][0]["maps"][m]["2"]) for m in "ab"]
+    small = np.stack([np.frombuffer(h, np.uint8).reshape(32, 32) for h in heats]) / np.float32(255)
+    big = to_image_frame(torch.from_numpy(small[:, None]), torch.eye(3).expand(2, 3, 3), 128)[:, 0].numpy()
+    cuts = np.array([0.45, otsu(big)[1]])
+    want = score(big, detect(big, "largest", cuts), np.tile([0.2, 0.3, 0.6, 0.8], (2, 1)))
+    for i, panel in enumerate(panels):
+        shown = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", panel))
+        assert shown["IoU"] == f"{want['IoU'][i]:.2f}" and shown["IoBB"] == f"{want['IoBB'][i]:.2f}"
+        assert shown["energy"] == f"{100 * want['energy'][i]:.0f} %"
+        assert shown["pointing"] == ("hit" if want["pointing"][i] else "miss")
+        assert f"<output>{cuts[i]:.2f}</output>" in panel and "best mean" in panel
+        assert f"mean of {3 - i} boxes of {FINDINGS[2]}" in panel
+
+
+def test_what_the_pages_load_is_there_or_made():
+    made = {"pages/explorer.js", "pages/_gallery.md"}
+    for name in ("explore.qmd", "gallery.qmd"):
+        text = (ROOT / name).read_text()
+        asked = re.findall(r'(?:src|href)="([^"]+\.(?:js|css))"', text) + re.findall(r"include (\S+)", text)
+        assert asked and not [f for f in asked if f not in made and not (ROOT / f).is_file()]
+        assert "http" not in text
+
+
+def test_nothing_is_loaded_from_elsewhere():
+    for f in (ROOT / "assets").iterdir():
+        asked = set(re.findall(r"https?://[^\s\"')]+", f.read_text()))
+        assert asked <= {"http://www.w3.org/2000/svg"}, f.name  # the name of a language, not a place
+
+
+def test_the_gallery_asks_for_labels_that_the_notebooks_have():
+    for page, wanted in CHOSEN.items():
+        text = (ROOT / "nbs" / f"{page}.ipynb").read_text()
+        labels = re.findall(r"#\|\s*label:\s*(fig-[\w-]+)", text)
+        assert len(labels) >= wanted if isinstance(wanted, int) else set(wanted) <= set(labels), page
+
+
+def test_the_published_heat_maps_fit_the_page():
+    file = ROOT / "published" / "explorer.json"
+    if not file.is_file():
+        pytest.skip("published/explorer.json is not there yet")
+    assert file.stat().st_size < 1_500_000
+    check_explorer(read_json(file))
