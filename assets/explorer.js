@@ -742,12 +742,15 @@ function cxrExplorer(root, data) {
     const x = (t) => PAD + t * (width - 2 * PAD), y = (v) => height - bottom - (v / most) * (height - top - bottom);
     const path = (values) => values.map((v, i) => `${i ? "L" : "M"}${x(CXR.LEVELS[i]).toFixed(1)} ${y(v).toFixed(1)}`);
     chart.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    const parts = [0, 0.25, 0.5, 0.75, 1].filter((v) => v <= most).flatMap((v) => [
+    const lines = truth() ? [0, 0.25, 0.5, 0.75, 1].filter((v) => v <= most) : [];
+    const named = (v) => (v === most ? `IoU ${v}` : v === most / 2 ? String(v) : "");
+    const parts = lines.flatMap((v) => [
       element("line", { class: "cxr-grid", x1: x(0), x2: x(1), y1: y(v), y2: y(v) }),
-      element("text", { x: x(0) + 3, y: y(v) - 3 }, v === most ? `IoU ${v}` : v ? String(v) : "")]);
-    const list = presets(panel);
-    list.filter(([key]) => key === "validated" || key === "otsu").forEach(([key, name, value], row) => {
-      const right = value > 0.8;
+      element("text", { x: x(0) + 3, y: y(v) - 3 }, named(v))]);
+    const marks = presets(panel).filter(([key]) => key === "validated" || key === "otsu");
+    marks.forEach(([key, name, value], row) => {
+      const crowded = marks.some(([, , other]) => other > value && x(other) - x(value) < 70);
+      const right = value > 0.8 || (crowded && value > 0.2);
       const at = { x1: x(value), x2: x(value), y1: 6 + 14 * row, y2: height };
       const beside = { x: x(value) + (right ? -4 : 4), y: 11 + 14 * row, "text-anchor": right ? "end" : "start" };
       parts.push(element("line", { class: `cxr-mark cxr-${key}`, ...at }),

@@ -297,7 +297,7 @@ class _Screen:
             self.live.update(_table(outcomes, outcomes), refresh=True)
         elif not self.quiet:
             self.show(outcomes)
-            print(f"{_counts(outcomes)}, in {outcomes[0].job.folder.parent}", flush=True)
+            print(_counts(outcomes), flush=True)
 
 # %% ../nbs/20_batch.ipynb #3a786323
 def _line(o: Outcome) -> str:
@@ -312,7 +312,7 @@ def _line(o: Outcome) -> str:
 
 def _counts(outcomes: list[Outcome]) -> str:
     found = [o.status for o in outcomes]
-    return ", ".join(f"{found.count(s)} {s}" for s in dict.fromkeys(sorted(found))) + f" of {len(outcomes)}"
+    return ", ".join(f"{found.count(s)} {s}" for s in sorted({*found})) + f" of {len(outcomes)}, in {outcomes[0].job.folder.parent}"
 
 
 def _last_line(folder: Path) -> str:
@@ -334,7 +334,7 @@ def _table(shown: list[Outcome], outcomes: list[Outcome]):
         table.add_column(name, max_width=most, no_wrap=True, overflow="ellipsis", justify="right" if name == "seconds" else "left")
     for o in shown:
         seconds = time.monotonic() - o.began if o.status == "running" else o.seconds
-        last = o.error or (_last_line(o.job.folder) if o.status == "running" else str(o.job.folder))
+        last = o.error or (_last_line(o.job.folder) if o.status == "running" else "")
         status = f"[{COLOURS[o.status]}]{o.status}" if o.status in COLOURS else o.status
         table.add_row(o.job.folder.name, escape(o.job.label), status, f"{seconds:.0f}", escape(last))
     return table

@@ -156,12 +156,12 @@ def predict(
     """
     with _errors():
         from cxr_book.catalogue import open_trained
-        from cxr_book.predict import predict_files
+        from cxr_book.predict import predict_files, show_summary
 
         how = dict(device=device, batch_size=batch_size, workers=workers, max_side=max_side, max_megapixels=max_megapixels)
         how |= dict(findings=finding, png=png, html=html, skip_unreadable=skip_unreadable, again=again)
         summary = predict_files(images, open_trained(run, method), out, **how)
-        print(summary.text())
+        show_summary(summary)
     raise typer.Exit(summary.code)
 
 # %% ../nbs/32_command.ipynb #56a816a5

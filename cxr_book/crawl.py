@@ -70,7 +70,7 @@ def urls(
     return [u for groups in found for u in groups if u and not u.startswith("#")]
 
 # %% ../nbs/28_crawl.ipynb #b4e9b689
-LEFT = r"\?@[\w-]*|\?(?:fig|tbl|eq|sec)-[\w-]+|(?<!\w)@(?:fig|tbl|eq|sec)-[\w-]+|\{\{<.*?>\}\}|^\s*:{3,}.*$|^\s*#\|.*$"
+LEFT = r"(?<!\w)\?@[\w-]*|(?<![\w?])[?@](?:fig|tbl|eq|sec)-[\w-]+|\{\{<.*?>\}\}|^\s*:{3,}.*$|^\s*#\|.*$"
 
 
 class Fault(NamedTuple):

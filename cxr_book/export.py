@@ -304,6 +304,12 @@ def chapter(self: OnnxMethod) -> str:
 
 
 @patch(as_prop=True)
+def run(self: OnnxMethod) -> Path:
+    "Where it was read from."
+    return self.path
+
+
+@patch(as_prop=True)
 def title(self: OnnxMethod) -> str:
     return self.card.title
 

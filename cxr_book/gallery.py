@@ -39,6 +39,10 @@ class Picture(NamedTuple):
     caption: str
     png: bytes
 
+    @property
+    def file(self) -> str:
+        return f"{self.page}-{self.label}.png"
+
 
 def pictures(
     notebook: dict,  # executed
@@ -63,7 +67,7 @@ def card(
     "A picture with its caption and a link to its place, in Markdown."
     place = f"nbs/{found.page}.ipynb#{found.label}"
     words = re.sub(r"[\[\]`*$\"\\{}]", "", found.caption)
-    image = f'[![]({folder}/{found.label}.png){{fig-alt="{words}" loading="lazy"}}]({place})'
+    image = f'[![]({folder}/{found.file}){{fig-alt="{words}" loading="lazy"}}]({place})'
     return f"::: {{.cxr-card}}\n{image}\n\n{found.caption} [See it in place]({place})\n:::"
 
 
@@ -123,7 +127,7 @@ def write_gallery(
         found = pictures(twin, page, wanted)
         groups[_title(twin) or page] = found
         for p in found:
-            (to / "gallery" / f"{p.label}.png").write_bytes(p.png)
+            (to / "gallery" / p.file).write_bytes(p.png)
     (to / "_gallery.md").write_text(gallery(groups))
     data = read_json(_there(published / "explorer.json"))
     check_explorer(data)

@@ -10,6 +10,7 @@ __all__ = ['PICTURE', 'COLUMNS', 'Module', 'public', 'modules', 'links', 'api', 
 import ast
 import base64
 import configparser
+import functools
 import re
 import shutil
 from pathlib import Path
@@ -45,24 +46,36 @@ def modules(
 ) -> list[Module]:
     "The modules of the book in the order of their notebooks."
     found = []
-    for f in sorted((root / "cxr_book").glob("[a-z]*.py")):
-        if page := re.search(r"File to edit: .*?(\w+\.ipynb)", source := f.read_text()):
-            title, claim = _head(root / "nbs" / page[1])
-            found.append(Module(f.stem, page[1], title or f.stem, claim, public(source)))
+    for name, page, names in _exported(root):
+        title, claim = _head(root / "nbs" / page)
+        found.append(Module(name, page, title or name, claim, names))
     return sorted(found, key=lambda m: m.page)
 
 
 def links(root: Path) -> dict[str, str]:
     "The page of each public name: `notebook.ipynb#name`; names that two modules share are left out."
     found: dict[str, list[str]] = {}
-    for m in modules(root):
-        for name in m.names:
-            for key in (name, f"{m.name}.{name}"):
-                found.setdefault(key, []).append(f"{m.page}#{name.lower()}")
-        found.setdefault(f"cxr_book.{m.name}", []).append(m.page)
+    for module, page, names in _exported(root):
+        for name in names:
+            for key in (name, f"{module}.{name}"):
+                found.setdefault(key, []).append(f"{page}#{name.lower()}")
+        found.setdefault(f"cxr_book.{module}", []).append(page)
     return {name: pages[0] for name, pages in found.items() if len(pages) == 1}
 
 # %% ../nbs/29_pages.ipynb #bd01660c
+def _exported(root: Path) -> list[tuple[str, str, dict[str, str]]]:
+    "Name, page and public names of each module that a notebook exports."
+    files = sorted((root / "cxr_book").glob("[a-z]*.py"))
+    return [(f.stem, *found) for f in files if (found := _read(f, f.stat().st_mtime_ns))]
+
+
+@functools.lru_cache(maxsize=None)
+def _read(module: Path, changed: int) -> tuple[str, dict[str, str]] | None:
+    "Page and public names of a module; read once, as every page of the book asks for all of them."
+    page = re.search(r"File to edit: .*?(\w+\.ipynb)", source := module.read_text())
+    return (page[1], public(source)) if page else None
+
+
 def _head(notebook: Path) -> tuple[str, str]:
     "Title and claim of a notebook: its first heading, and the quotation below."
     cells = read_json(notebook)["cells"] if notebook.is_file() else []

@@ -124,7 +124,8 @@ class Item:
 
 # %% ../nbs/22_predict.ipynb #0245b770
 JOURNAL, TABLE, ERRORS = "predictions.jsonl", "predictions.csv", "errors.csv"
-COLUMNS = ("file", "frame", "width", "height", "finding", "probability", "threshold", "present", "x0", "y0", "x1", "y1")
+COLUMNS = ("file", "frame", "width", "height", "finding", "probability", "threshold", "present")
+COLUMNS += ("x0", "y0", "x1", "y1")
 
 
 def _stamp(path: Path) -> list[int] | None:
@@ -146,7 +147,7 @@ def _lines(journal: Path) -> Iterator[dict]:
 
 
 def _resume(out: Path) -> dict[str, int]:
-    "Throw away the journal's lines of files that changed or are not complete; how many pictures of each file are left."
+    "Throw away lines of files that changed or are not complete; how many pictures of each file are left."
     done: dict[str, int] = {}
     good: dict[str, bool] = {}
     for line in _lines(out / JOURNAL):
@@ -425,7 +426,7 @@ def show_summary(
     from rich.table import Table
     from rich.text import Text
 
-    console, one = Console(file=out), summary.pictures == 1
+    console, one = Console(file=out or sys.stdout, force_jupyter=False), summary.pictures == 1
     grid = Table("picture", "finding", "probability", "threshold", "box in pixels")
     for line in summary.first if summary.pictures <= 20 else ():
         for a in line["findings"]:

@@ -123,13 +123,15 @@ body{margin:0;background:var(--back);color:var(--text);font:16px/1.45 system-ui,
 main{max-width:62rem;margin:auto;padding:1rem}h1{font-size:1.3rem;overflow-wrap:anywhere}h2{font-size:1.1rem}
 .quiet{color:var(--quiet)}.box{border:1px solid var(--line);border-radius:6px;padding:.5rem .8rem}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-td,th{padding:.2rem .5rem;text-align:left;border-bottom:1px solid var(--line);overflow-wrap:anywhere}
-td.n,th.n{text-align:right}.yes{color:var(--yes);font-weight:600}
-.bar{position:relative;height:.8rem;min-width:5rem;background:var(--line);border-radius:3px}
+td,th{padding:.2rem .5rem;text-align:left;border-bottom:1px solid var(--line)}
+.wide{overflow-x:auto}td.n,th.n{text-align:right}
+a{overflow-wrap:anywhere;color:inherit}.yes{color:var(--yes);font-weight:600}
+.bar{position:relative;height:.8rem;min-width:4rem;background:var(--line);border-radius:3px}
 .bar i{position:absolute;inset:0 auto 0 0;background:var(--bar);border-radius:3px}
 .bar b{position:absolute;top:-.15rem;bottom:-.15rem;width:2px;background:var(--text)}
 .yes .bar i{background:var(--yes)}
 .all{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,18rem),1fr))}
+@media (max-width:34rem){table{font-size:.85rem}td,th{padding:.2rem .25rem}}
 figure{margin:0}img{max-width:100%;height:auto;border-radius:4px}figcaption{font-size:.9rem}
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -137,12 +139,14 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri
 
 def _page(title: str, body: str) -> str:
     "A whole HTML document."
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
-    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{html.escape(title)}</title><style>{STYLE}</style></head>
+<body><main>
+{body}
+</main></body></html>
+"""
 
 
 def _figure(picture: np.ndarray, alt: str, caption: str) -> str:
@@ -191,7 +195,7 @@ def report_page(
             continue
         title = a.finding.replace("_", " ")
         found = f"{len(a.boxes)} box{'' if len(a.boxes) == 1 else 'es'}: {'; '.join(_as_text(a, size))}"
-        text = f"{title} {a.probability:.3f}" + ("" if a.present else ", below its threshold" if a.threshold else "")
+        text = f"{title} {a.probability:.3f}" + (", below its threshold" if a.present is False else "")
         picture = overlay(small & 0xFC, a.heat, a.boxes, side)  # steps that no eye sees, and far fewer bytes
         alt = f"Heat map of {title}; in pixels of the image, {found if len(a.boxes) else 'no box'}"
         figures.append(_figure(picture, alt, text))
@@ -201,10 +205,10 @@ def report_page(
     body = f"""<h1>{html.escape(shown_name(name))}</h1>
 <p class="box">{DISCLAIMER}</p><p class="quiet">{said}</p>{f"<ul>{lines}</ul>" if lines else ""}
 <div class="all">{"".join(figures)}</div>
-<h2>Findings</h2><table><thead><tr><th>Finding</th><th class="n">Probability</th><th></th><th class="n">Threshold</th>
-<th>There?</th><th>Boxes x0, y0, x1, y1 in pixels</th></tr></thead><tbody>{"".join(_row(a, size) for a in answers)}
-</tbody></table><p class="quiet">The mark on a bar is the threshold, chosen on validation images. A probability is what
-the network answers; it was never compared with how often it is right.</p>"""
+<h2>Findings</h2><div class="wide"><table><thead><tr><th>Finding</th><th class="n">Probability</th>
+<th></th><th class="n">Threshold</th><th>There?</th><th>Boxes x0, y0, x1, y1 in pixels</th></tr></thead><tbody>{"".join(_row(a, size) for a in answers)}
+</tbody></table></div><p class="quiet">The mark on a bar is the threshold, chosen on validation images; a dash: the run
+knows none. A probability is what the network answers; it was never compared with how often it is right.</p>"""
     return _page(shown_name(name), body)
 
 # %% ../nbs/08b_report.ipynb #d5b5a047

@@ -366,15 +366,18 @@ def _filter_command():
 @app.command("pages")
 def _pages_command():
     "Make all that Quarto needs: list of names, first page, downloads, filtered notebooks; then call `quarto render`."
-    root = _say(project)
-    if late := check(root):
-        print(*late, sep="\n", file=sys.stderr)
+    root, refused = _say(project), []
+    for f in sorted((root / "nbs").glob("*.ipynb")):
+        try:
+            filtered(read_json(f), root)
+        except CxrError as e:
+            refused.append(str(e))
+        os.utime(f)
+    print(*refused, sep="\n", end="\n" * bool(refused), file=sys.stderr)
+    if refused:
         raise typer.Exit(1)
     _say(write_pages, root, published(root))
     print(_say(write_gallery, root, published(root)))
-    for f in sorted((root / "nbs").glob("*.ipynb")):
-        _say(filtered, read_json(f), root)
-        os.utime(f)
 
 
 @app.command("crawl")

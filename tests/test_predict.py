@@ -160,7 +160,8 @@ def test_boxes_in_the_pixels_of_an_odd_image(tmp_path, rule, crop):
     (line,) = lines(tmp_path / "out")
     assert (line["width"], line["height"]) == (1000, 700)
     there = [a for a in line["findings"] if a["present"]]
-    assert [a["finding"] for a in there] == list(FINDINGS[7:]) and all(a["boxes"] is None for a in line["findings"][:7])
+    assert [a["finding"] for a in there] == list(FINDINGS[7:])
+    assert all(a["boxes"] is None for a in line["findings"][:7])
     for a in there:
         (found,) = a["boxes"]
         assert all(isinstance(v, int) for v in found["pixels"])
@@ -211,8 +212,12 @@ def test_thresholds_that_are_not_known(stand, tmp_path):
 # --- files
 
 
+TAGS = "html head meta title style body main h1 h2 p ul li div figure img figcaption table thead tbody tr th td i b a"
+
+
 def test_hostile_names(stand, tmp_path):
-    names = ["<img src=x onerror=alert(1)>.png", "=1+cmd.png", 'a"b&c.png', "line\nbreak.png", "é" * 60 + ".png", "...png"]
+    names = ["<img src=x onerror=alert(1)>.png", "=1+cmd.png", 'a"b&c.png', "line\nbreak.png", "...png"]
+    names.append("é" * 60 + ".png")
     for folder in ("in", "in/https:"):
         (tmp_path / folder).mkdir()
         for name in names:
@@ -233,9 +238,7 @@ def test_hostile_names(stand, tmp_path):
     for page in [*reports, out / "index.html"]:
         text = page.read_text(encoding="utf-8")
         tags = re.findall(r"<(\w+)", text)
-        assert "<img src=x" not in text and set(tags) <= {
-            *"html head meta title style body main h1 h2 p ul li div figure img figcaption table thead tbody tr th td i b a".split()
-        }
+        assert "<img src=x" not in text and set(tags) <= set(TAGS.split())
         inside = "".join(re.findall(r"<[^>]*>", text.split("</style>")[1]))
         assert not re.search(r'(?:src|href)="(?!data:image/png;base64,|reports/)|javascript:|onerror="', inside)
         assert text.count(DISCLAIMER) == 1 and "prefers-color-scheme" in text and "default-src 'none'" in text
@@ -256,7 +259,8 @@ def test_unreadable_files(stand, tmp_path, capsys):
     assert "2.png" in said and "missing.png" in said and "Traceback" not in said
     scene(tmp_path / "2.png", (50, 60), (9, 9, 20, 20))
     summary = predict_files([tmp_path], stand, tmp_path / "out")
-    assert (summary.pictures, summary.kept, summary.code) == (1, 4, 0) and not (tmp_path / "out" / "errors.csv").exists()
+    assert (summary.pictures, summary.kept, summary.code) == (1, 4, 0)
+    assert not (tmp_path / "out" / "errors.csv").exists()
     assert len({r["file"] for r in rows(tmp_path / "out")}) == 5
     show_summary(summary)
     assert "4 files done before" in capsys.readouterr().out
