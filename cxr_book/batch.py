@@ -19,8 +19,9 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from fastcore.basics import patch
 from rich.markup import escape
@@ -138,6 +139,17 @@ def run_batch(
         return _Runner(jobs, asked, engine, screen).run()
 
 # %% ../nbs/20_batch.ipynb #170f048e
+@contextlib.contextmanager
+def _without_keyboard() -> Iterator[None]:
+    "Threads and processes that are started here never see Ctrl-C: the batch stops them, in order."
+    resource_tracker.ensure_running()  # started later, it would let the signal through again
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
 class _Engine(contextlib.ExitStack):
     "The cluster, started when the first notebook needs it."
 
@@ -156,8 +168,10 @@ class _Engine(contextlib.ExitStack):
             except (OSError, ValueError) as e:
                 raise CxrError(f"address = {self.address!r}: no scheduler answers there ({e})") from None
         size = dict(n_workers=self.workers, threads_per_worker=1, processes=True, memory_limit=0)
-        cluster = LocalCluster(**size, dashboard_address=None, silence_logs=logging.CRITICAL)
-        return self.enter_context(Client(self.enter_context(cluster)))
+        size |= dict(dashboard_address=None, scheduler_kwargs=dict(dashboard_address="127.0.0.1:0"))  # any free port
+        with _without_keyboard():
+            cluster = self.enter_context(LocalCluster(**size, silence_logs=logging.CRITICAL))
+        return self.enter_context(Client(cluster))
 
     def slots(self) -> tuple[int, int]:
         "How many notebooks can run at once, and on one machine."
@@ -168,7 +182,8 @@ class _Engine(contextlib.ExitStack):
         return max(len(hosts), 1), max(map(hosts.count, hosts), default=1)
 
     def submit(self, order: dict[str, Any]):
-        return self.client.submit(_on_worker, order, pure=False, key=f"{Path(order['folder']).name}-{time.monotonic_ns()}")
+        key = f"{Path(order['folder']).name}-{time.monotonic_ns()}"
+        return self.client.submit(_on_worker, order, pure=False, key=key)
 
 # %% ../nbs/20_batch.ipynb #842c0bad
 class _Runner:
@@ -256,11 +271,11 @@ def _result(future) -> dict[str, Any]:
     "What a worker returned, or why it could not."
     if future.status == "finished":
         return future.result()
-    died = "the workers that executed it died, one after the other" if future.status == "error" else "the cluster is gone"
+    died = "the workers that executed it died, one by one" if future.status == "error" else "the cluster is gone"
     return dict(status="failed", error=f"{died}; see output.log")
 
 # %% ../nbs/20_batch.ipynb #d45ec392
-COLOURS = dict(done="green", skipped="dim", failed="red", blocked="red", stopped="yellow", held="yellow", running="cyan")
+COLOURS = dict(done="green", failed="red", blocked="red", stopped="yellow", held="yellow", running="cyan")
 
 
 class _Screen:
@@ -312,7 +327,8 @@ def _line(o: Outcome) -> str:
 
 def _counts(outcomes: list[Outcome]) -> str:
     found = [o.status for o in outcomes]
-    return ", ".join(f"{found.count(s)} {s}" for s in sorted({*found})) + f" of {len(outcomes)}, in {outcomes[0].job.folder.parent}"
+    counts = ", ".join(f"{found.count(s)} {s}" for s in sorted({*found}))
+    return f"{counts} of {len(outcomes)}, in {outcomes[0].job.folder.parent}"
 
 
 def _last_line(folder: Path) -> str:
@@ -331,7 +347,8 @@ def _table(shown: list[Outcome], outcomes: list[Outcome]):
 
     table = Table(caption=_counts(outcomes), box=None, pad_edge=False)
     for name, most in (("run", None), ("parameters", 40), ("status", None), ("seconds", None), ("", 60)):
-        table.add_column(name, max_width=most, no_wrap=True, overflow="ellipsis", justify="right" if name == "seconds" else "left")
+        side = "right" if name == "seconds" else "left"
+        table.add_column(name, max_width=most, no_wrap=True, overflow="ellipsis", justify=side)
     for o in shown:
         seconds = time.monotonic() - o.began if o.status == "running" else o.seconds
         last = o.error or (_last_line(o.job.folder) if o.status == "running" else "")
@@ -346,8 +363,7 @@ def results(
     "A table of the runs in a folder: one line each."
     import pandas as pd
 
-    columns = ["notebook", "address", "status", "parameters", "seconds", "attempts", "ended", "device", "error", "folder"]
-    lines = []
+    columns, lines = "notebook address status parameters seconds attempts ended device error folder".split(), []
     for f in sorted(Path(out or home() / "runs").glob("*/run.json")):
         record = read_json(f) | dict(folder=str(f.parent))
         if record["status"] == "running" and not is_held(f.parent):

@@ -360,12 +360,12 @@ def means(
 
 @patch
 def values(self: Comparison, key: str, rows: np.ndarray) -> tuple[Pairs, dict[str, np.ndarray]]:
-    "The true boxes on some images, and every metric of each by the method's own rule at validated thresholds."
+    "The true boxes on some images, and every box metric of each by the method's own rule at validated thresholds."
     if key not in self._values:
-        test, rule, masks = self.test(key), self.entrants[key].trained.rule, self.data.masks
+        test, rule = self.test(key), self.entrants[key].trained.rule
         pairs = pairs_of(self.data, test.map_rows)
         cut = self.cuts[key][pairs.finding] if len(pairs.at) else None
-        self._values[key] = pairs, score_pairs(test, pairs, rule, cut, {f: masks[f] for f in FINDINGS if f in masks})
+        self._values[key] = pairs, score_pairs(test, pairs, rule, cut)
     pairs, found = self._values[key]
     at = np.isin(pairs.row, rows)
     return Pairs(*(column[at] for column in pairs)), {name: v[at] for name, v in found.items()}

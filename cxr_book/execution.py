@@ -118,7 +118,8 @@ def _open(order: dict[str, Any], folder: Path, how: str) -> dict[str, Any]:
     for name in ("running", "notebook", "failed"):
         (folder / f"{name}.ipynb").unlink(missing_ok=True)
     if how == "afresh":
-        write_json(folder / "run.json", read_json(folder / "run.json") | dict(status="running", parts={}))  # if killed here
+        old = read_json(folder / "run.json")
+        write_json(folder / "run.json", old | dict(status="running", parts={}))  # killed here, it starts afresh again
         for f in folder.iterdir():
             if f.name not in KEPT:
                 shutil.rmtree(f) if f.is_dir() and not f.is_symlink() else f.unlink()
@@ -140,7 +141,7 @@ def close(folder: Path) -> dict[str, Any]:
 # %% ../nbs/01k_execution.ipynb #c2d2f6a1
 @functools.cache
 def papermill() -> ModuleType:
-    "The library, without the grammar of international web addresses that takes longer to build than all else to import."
+    "The library, without the grammar of web addresses that takes longer to build than all else to import."
     hidden = {} if "rfc3987_syntax" in sys.modules else {"rfc3987_syntax": None}
     sys.modules.update(hidden)
     try:

@@ -176,7 +176,8 @@ def plan(
             before = [j for j in jobs.values() if j.notebook in e.after and _goes_with(given, j, batch)]
             job = _job(e.notebook, found[e.notebook], known[e.notebook], given, out, before)
             old = jobs.get(job.folder.name)
-            jobs[job.folder.name] = replace(job, after=tuple({**dict.fromkeys(old.after if old else ()), **dict.fromkeys(job.after)}))
+            all_before = dict.fromkeys((*(old.after if old else ()), *job.after))
+            jobs[job.folder.name] = replace(job, after=tuple(all_before))
     place = {e.notebook: i for i, e in reversed([*enumerate(entries)])}
     return sorted(jobs.values(), key=lambda j: place[j.notebook])
 

@@ -213,30 +213,27 @@ def test_done_again_changed_and_reused(nbs, cluster, monkeypatch):
     assert go() == ["done"] and lines(log) == ["1", "1", "2", "1"]
     write(nbs, "10_grow", COMMON, code, "x = 2  # a comment")
     assert go() == ["skipped"]
-    folder = latest(out)["10_grow"]
-    (folder / "notebook.ipynb").unlink()
-    assert go() == ["done"] and read_json(folder / "run.json")["attempts"] == 2
 
 
 def test_failures_retries_and_what_waits(nbs, cluster):
     out = nbs.parent / "runs"
-    flaky = "import os\nfirst = not os.path.exists(out_dir + '/seen')\nopen(out_dir + '/seen', 'w')\nassert not first, 'once'"
+    flaky = "import os\nfirst = not os.path.exists(out_dir + '/seen')\nopen(out_dir + '/seen', 'w')\nassert not first"
     write(nbs, "12_flaky", COMMON, flaky)
-    entries = ["11_dry", "12_flaky", "10_grow"]
-    entries += [dict(notebook="21_judge", after=["11_dry"]), dict(notebook="01_ink", after=["21_judge", "10_grow"])]
+    entries = ["11_dry", "12_flaky", dict(notebook="21_judge", after=["11_dry"])]
+    entries += [dict(notebook="01_ink", after=["21_judge", "12_flaky"])]
     done = run_batch(Batch(notebooks=entries), out, nbs, address=cluster, quiet=True, retries=1)
-    assert [o.status for o in done] == ["failed", "done", "done", "blocked", "blocked"]
+    assert [o.status for o in done] == ["failed", "done", "blocked", "blocked"]
     assert done[0].error == "ZeroDivisionError: division by zero" and done[0].attempts == done[1].attempts == 2
     assert "ZeroDivisionError" in (done[0].job.folder / "failed.ipynb").read_text()
-    assert "waits for what failed: 11_dry-" in done[3].error and not done[3].job.folder.exists()
+    assert "waits for what failed: 11_dry-" in done[2].error and not done[2].job.folder.exists()
     assert [f.name for f in done[1].job.folder.glob("*.ipynb")] == ["notebook.ipynb"]
     table = results(out).set_index("notebook")
-    assert table.status.to_dict() == {"10_grow": "done", "11_dry": "failed", "12_flaky": "done"}
+    assert table.status.to_dict() == {"11_dry": "failed", "12_flaky": "done"}
     write(nbs, "11_dry", COMMON, "1 / 1")
     done = run_batch(Batch(notebooks=entries), out, nbs, address=cluster, quiet=True)
-    assert [o.status for o in done] == ["done", "skipped", "skipped", "done", "done"]
+    assert [o.status for o in done] == ["done", "skipped", "done", "done"]
     done = run_batch(Batch(notebooks=["11_dry"]), out, nbs, address=cluster, quiet=True, again=True)
-    some = Batch(notebooks=[entries[0], entries[3]])
+    some = Batch(notebooks=[entries[0], entries[2]])
     done = run_batch(some, out, nbs, address=cluster, quiet=True)
     assert [o.status for o in done] == ["skipped", "done"]  # what it waits for is newer
 
@@ -323,8 +320,9 @@ import sys
 from cxr_book.batch import Batch, run_batch
 if __name__ == "__main__":
     out, nbs, n, *address = sys.argv[1:]
-    entries = [dict(notebook="10_grow", parameters=dict(seed=[*range(int(n))])), dict(notebook="21_judge", after=["10_grow"])]
-    done = run_batch(Batch(notebooks=entries), out, nbs, workers=2, address="".join(address))
+    grow = dict(notebook="10_grow", parameters=dict(seed=[*range(int(n))]))
+    batch = Batch(notebooks=[grow, dict(notebook="21_judge", after=["10_grow"])])
+    done = run_batch(batch, out, nbs, workers=2, address="".join(address))
     sys.exit(not all(o.ok for o in done))
 """
 
@@ -352,8 +350,8 @@ for i in (1, 2):
         os.replace(Path(out_dir, "part"), file)
 """
     write(nbs, "10_grow", COMMON, stage.format(log=log_to(log, "f'{os.getpid()}:{seed}'"), pause=pause))
-    judge = "total = sum(float(open(r + '/stage2').read()) for r in runs)\nopen(out_dir + '/total', 'w').write(str(total))"
-    write(nbs, "21_judge", COMMON + "runs = []", judge)
+    total = "total = sum(float(open(r + '/stage2').read()) for r in runs)"
+    write(nbs, "21_judge", COMMON + "runs = []", total, "open(out_dir + '/total', 'w').write(str(total))")
 
 
 @pytest.mark.slow
@@ -435,7 +433,3 @@ def test_a_chapters_training_in_two_processes(tmp_path):
     for name in ("dcnn", "chexnet"):
         history = json.loads((tmp_path / "run" / name / "history.json").read_text())
         assert len(history) == 1 and (tmp_path / "run" / name / "weights.safetensors").stat().st_size
-    weights = {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("weights.safetensors")}
-    one = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert one.returncode == 0, one.stderr[-4000:]
-    assert {f: f.stat().st_mtime_ns for f in weights} == weights  # one process finds what two have trained

@@ -119,7 +119,7 @@ def test_the_values_of_boxes_make_the_means(compared):
         for key in compared.on(part):
             pairs, values = compared.values(key, rows)
             assert np.isin(pairs.row, rows).all() and len(pairs.at)
-            for metric in ("IoU", "pointing", "mask IoU"):
+            for metric in ("IoU", "pointing", "energy"):
                 mean = np.nanmean([np.nanmean(values[metric][pairs.finding == k]) for k in np.unique(pairs.finding)])
                 assert mean == pytest.approx(compared.means(metric, "validated", part).value[key], abs=1e-9)
 

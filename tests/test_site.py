@@ -77,7 +77,7 @@ def anchors(page):
     for heading in re.findall(r"^#+ (.*?)(?:\s*\{.*\})?$", text, re.M):
         kept = re.sub(r"[^\w\s.-]", "", heading.lower())
         found.add(re.sub(r"^[^a-z]+", "", re.sub(r"\s+", "-", kept.strip())))
-    return found | {n.lower() for m in pages.modules(ROOT) if m.page == page.name for n in m.names}
+    return found | {link.partition("#")[2] for link in pages.links(ROOT).values() if link.startswith(f"{page.name}#")}
 
 
 def test_links_in_prose_lead_somewhere():
@@ -249,16 +249,18 @@ def test_twins_can_lie_elsewhere(book):
 
 def test_a_filtered_page_is_kept_until_something_behind_it_changes(book):
     assert command(book, "publish", "runs").returncode == 0
-    first, kept = filter_page(book).stdout, book / ".quarto" / "filtered" / "01_ink.json"
+    notebook, kept = json.loads((book / "nbs" / "01_ink.ipynb").read_text()), book / ".quarto" / "filtered" / "01_ink.json"
+    first = site.filtered(notebook, book)
     kept.write_text(kept.read_text().replace("nbformat_minor", "from_disk"))
-    assert "from_disk" in filter_page(book).stdout
+    assert "from_disk" in site.filtered(notebook, book)
     (book / "settings.ini").write_text("[DEFAULT]\nuser = me\nrepo = cxr\nbranch = main\n")
-    assert filter_page(book).stdout == first  # no heading, no line below it
+    assert site.filtered(notebook, book) == first  # no heading, no line below it
     twin = book / "published" / "01_ink.ipynb"
     twin.write_text(twin.read_text().replace('"2"', '"two"'))
-    assert '"two"' in filter_page(book).stdout
+    assert '"two"' in json.dumps(site.filtered(notebook, book))
     twin.unlink()
-    assert filter_page(book).returncode  # what was kept does not stand for a missing twin
+    with pytest.raises(CxrError, match="no executed twin"):  # what was kept does not stand for a missing twin
+        site.filtered(notebook, book)
 
 
 # --- pages that are made
@@ -368,8 +370,6 @@ def test_the_crawl_finds(tmp_path, body, link):
     page(tmp_path, "a.html", body)
     (tmp_path / "there.png").touch()
     assert [(f.page, f.link) for f in crawl(tmp_path)] == [("a.html", link)]
-    done = run(sys.executable, "-m", "cxr_book.site", "crawl", tmp_path) if link == "gone.png" else None
-    assert not done or done.returncode == 1 and "a.html: gone.png: no such file" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -393,9 +393,12 @@ def test_the_crawl_lets_pass(tmp_path, body):
     assert crawl(tmp_path) == []
 
 
-def test_an_empty_folder_is_no_site(tmp_path):
+def test_the_crawl_from_the_command_line(tmp_path):
     with pytest.raises(CxrError, match="no pages in it"):
         crawl(tmp_path)
+    page(tmp_path, "a.html", '<img src="gone.png">')
+    done = run(sys.executable, "-m", "cxr_book.site", "crawl", tmp_path)
+    assert done.returncode == 1 and "a.html: gone.png: no such file" in done.stdout
 
 
 def test_text_after_an_unclosed_listing_is_not_lost():
