@@ -36,7 +36,10 @@ book: install  ## run every notebook on the drawn data set, then render the site
 	@echo "All executed notebooks: $(SHOWN)/; runs, weights and figures: cxr-book runs"
 	@! command -v quarto >/dev/null || echo "The site: _book/index.html"
 
-edition: install  ## the published edition: all chapters with rivals and ablations, taken into published/ (an hour or two)
+edition: install  ## the published edition: all chapters with rivals, ablations and stress, taken into published/ (two hours)
+	@$(BIN)/python -m cxr_book.phantom data/noise --preset quick --false-positives 0.05 --false-negatives 0.3
+	@$(BIN)/python -m cxr_book.phantom data/shortcut --preset quick --shortcut-tube 0.9 --shortcut-marker 0.9
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cxr-book run configs/stress.yaml --out runs/stress --workers $(JOBS)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cxr-book run configs/edition.yaml --workers $(JOBS) --publish published
 
 site: install  ## render the site from published/ with Quarto, where it is installed

@@ -141,7 +141,7 @@ def close(folder: Path) -> dict[str, Any]:
 # %% ../nbs/01k_execution.ipynb #c2d2f6a1
 @functools.cache
 def papermill() -> ModuleType:
-    "The library, without the grammar of web addresses that takes longer to build than all else to import."
+    "The library, without the grammar of web addresses that takes longer than all else to import."
     hidden = {} if "rfc3987_syntax" in sys.modules else {"rfc3987_syntax": None}
     sys.modules.update(hidden)
     try:

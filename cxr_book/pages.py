@@ -100,8 +100,8 @@ def api(
 
 
 def _escaped(text: str) -> str:
-    "Plain text as Markdown; what stands in backticks stays code."
-    special = r"([\\*_<>$@|\[\]#~^])"
+    "Plain text as Markdown; what stands in backticks stays code, and a reference to an equation stays one."
+    special = r"([\\*_<>$|\[\]#~^]|@(?!(?:eq|fig|tbl|sec)-))"
     pieces = re.split(r"(`[^`]*`)", text)
     return "".join(p.replace("|", r"\|") if i % 2 else re.sub(special, r"\\\1", p) for i, p in enumerate(pieces))
 
@@ -153,7 +153,7 @@ def _shown(value) -> str:
 
 # %% ../nbs/29_pages.ipynb #04a2f7ad
 PICTURE = "fig-quality-cost"
-COLUMNS = (("AUROC", ""), ("IoU", "validated"), ("T(IoU)=0.3", "validated"), ("pointing", ""))  # metric, mode
+COLUMNS = (("AUROC", ""), ("IoU", "validated"), ("T(IoU)=0.3", "validated"), ("pointing", "validated"))  # metric, mode
 
 
 def result(
@@ -181,7 +181,7 @@ def _interval(score: dict | None, best: str) -> str | None:
     value = f"{score['value']:.3f}"
     value = f"**{value}**" if value == best else value
     known = score["low"] is not None and score["high"] is not None
-    return f"{value} ({score['low']:.3f} to {score['high']:.3f})" if known else value
+    return f"{value} [{score['low']:.2f} to {score['high']:.2f}]{{.interval}}" if known else value
 
 # %% ../nbs/29_pages.ipynb #758f3908
 def answer(
@@ -193,9 +193,10 @@ def answer(
         if not f.is_file():
             raise CxrError(f"{f.parent.name}/{f.name} is missing, and the first page shows it; call `make publish`")
     found, (png, caption) = read_json(results), picture(read_json(notebook), PICTURE)
-    about = (f"Means over the findings with 95 % intervals over patients, IoU at thresholds that were chosen on other patients. "
-             f"Made again by `{found['command']}`; what it means is on [the page of the comparison](nbs/21_compare.ipynb).")  # fmt: skip
-    return f"![{caption}](pages/answer.png)\n\n{table(result(found))}\n\n{about}\n", png
+    text = ["Means over the findings with 95 % intervals over patients; boxes at thresholds that were chosen on other patients.",
+            f"Made again by `{found['command']}`; what it means is on",
+            "[the page of the comparison](nbs/21_compare.ipynb)."]  # fmt: skip
+    return f"![{caption}](pages/answer.png)\n\n{table(result(found))}\n\n{' '.join(text)}\n", png
 
 
 def citation(

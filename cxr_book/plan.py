@@ -62,7 +62,7 @@ class Entry(Settings):
     parameters: dict[str, Any] = {}
     after: list[str] = []
 
-
+# %% ../nbs/01l_plan.ipynb #a1b00c4b
 class Batch(Settings):
     "What to run."
 
@@ -127,7 +127,7 @@ def _number(name: str, word: int | float | str, kind: type) -> int | float:
             return kind(number)
     raise CxrError(f"{name} = {word!r}: {'a whole' if kind is int else 'a'} number is needed")
 
-
+# %% ../nbs/01l_plan.ipynb #61c7ec17
 def _possible(name: str, value: Any) -> Any:
     "A value that can be used; folders are written in full."
     if name == "preset" and value not in PRESETS:
@@ -204,7 +204,8 @@ def _in_order(entries: list[Entry]) -> list[Entry]:
     for e in entries:
         for name in e.after:
             if name not in names:
-                raise CxrError(f"{e.notebook}: after {name!r}, which is not in this batch; {did_you_mean(name, names)}")
+                hint = did_you_mean(name, sorted(names))
+                raise CxrError(f"{e.notebook}: after {name!r}, which is not in this batch; {hint}")
     while left:
         waiting = {e.notebook for e in left}
         free = [e for e in left if not waiting & set(e.after)]

@@ -30,7 +30,7 @@ from .gallery import write_gallery
 from .pages import links, public, run_line, write_pages
 
 # %% ../nbs/30_site.ipynb #521cbee2
-ADVICE = "call `make book`, then `make publish`"
+ADVICE = "call `make edition`"
 
 
 def with_outputs(
@@ -59,7 +59,7 @@ def _used(cell: dict) -> dict:
 
 # %% ../nbs/30_site.ipynb #22328105
 MOST_BYTES = 1_500_000
-RESULTS = ("comparison.json", "comparison.csv", "explorer.json")
+RESULTS = ("comparison.json", "comparison.csv", "explorer.json", "figures/side-by-side.png")
 
 
 def publish(
@@ -73,8 +73,8 @@ def publish(
     source, notebook, package = root / "nbs" / f"{name}.ipynb", read_json(executed), root / "cxr_book"
     made = parts(source, package)
     _check_finished(notebook, executed)
-    _check_age(notebook, executed, [package / f"{m}.py" for m in made])
     run = Path(executed).with_name("stamp.json")
+    _check_age(notebook, executed, made, package)
     notebook["cells"] = [_clean(c, root) for c in notebook["cells"]]
     notebook["metadata"] = {k: v for k, v in notebook["metadata"].items() if k == "kernelspec"}
     notebook["metadata"]["cxr_book"] = dict(
@@ -84,11 +84,11 @@ def publish(
     text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     if len(text.encode()) > MOST_BYTES:
         size, cell = max((len(json.dumps(c)), c["id"]) for c in notebook["cells"])
-        raise CxrError(f"{executed}: {_too_large(text)}; cell {cell} has {size / 1e6:.1f} MB")
+        raise CxrError(f"{executed}: {_too_large(text.encode())}; cell {cell} has {size / 1e6:.1f} MB")
     to = to or published(root)
-    for f in (run.with_name(n) for n in RESULTS if run.with_name(n).is_file()):
-        _write(to / f.name, _anonymous(f.read_text(), root))
-    return _write(to / f"{name}.ipynb", text)
+    for f in (run.parent / n for n in RESULTS if (run.parent / n).is_file()):
+        _write(to / f.name, f.read_bytes() if f.suffix == ".png" else _anonymous(f.read_text(), root).encode())
+    return _write(to / f"{name}.ipynb", text.encode())
 
 # %% ../nbs/30_site.ipynb #ee133f00
 def project(start: Path | None = None) -> Path:
@@ -105,15 +105,15 @@ def published(root: Path) -> Path:
     return root / os.environ.get("CXR_BOOK_PUBLISHED", "published")
 
 
-def _too_large(text: str) -> str:
-    return f"{len(text.encode()) / 1e6:.1f} MB, at most {MOST_BYTES / 1e6} MB"
+def _too_large(data: bytes) -> str:
+    return f"{len(data) / 1e6:.1f} MB, at most {MOST_BYTES / 1e6} MB"
 
 
-def _write(file: Path, text: str) -> Path:
-    if len(text.encode()) > MOST_BYTES:
-        raise CxrError(f"{file.name}: {_too_large(text)}")
+def _write(file: Path, data: bytes) -> Path:
+    if len(data) > MOST_BYTES:
+        raise CxrError(f"{file.name}: {_too_large(data)}")
     with atomic(file) as part:
-        part.write_text(text)
+        part.write_bytes(data)
     return file
 
 
@@ -125,14 +125,19 @@ def _check_finished(notebook: dict, path: Path) -> None:
             raise CxrError(f"{path}: cell {c['id']} was not executed")
 
 
-def _check_age(notebook: dict, path: Path, modules: list[Path]) -> None:
-    "Refuse a run that started before a module behind it was written."
+def _check_age(notebook: dict, path: Path, made: dict[str, str], package: Path) -> None:
+    "Refuse a run of other code: what the batch noted when it began differs; without a note, a module is younger."
+    if path.with_name("run.json").is_file():
+        then = read_json(path.with_name("run.json"))["parts"]
+        if changed := sorted(k for k in made.keys() | then.keys() if made.get(k) != then.get(k)):
+            raise CxrError(f"{path}: {', '.join(changed)} changed after this run began; {ADVICE}")
+        return
     began, started = path.stat().st_mtime, notebook["metadata"].get("papermill", {}).get("start_time")
     if started:
         began = datetime.fromisoformat(started).replace(tzinfo=timezone.utc).timestamp()
-    for m in modules:
-        if m.is_file() and m.stat().st_mtime > began:
-            raise CxrError(f"{path}: {m.name} was written after this run began; {ADVICE}")
+    for m in made:
+        if (package / f"{m}.py").is_file() and (package / f"{m}.py").stat().st_mtime > began:
+            raise CxrError(f"{path}: {m}.py was written after this run began; {ADVICE}")
 
 # %% ../nbs/30_site.ipynb #8324f771
 def _clean(cell: dict, root: Path) -> dict:
