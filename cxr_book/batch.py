@@ -90,7 +90,7 @@ def _on_worker(order: dict[str, Any]) -> dict[str, Any]:
         time.sleep(0.05)
     return _report(order, folder, process.returncode)
 
-
+# %% ../nbs/20_batch.ipynb #dea78734
 def _report(order: dict[str, Any], folder: Path, code: int) -> dict[str, Any]:
     record = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
     if code == 0 and record.get("status") in ("done", "failed"):
@@ -149,7 +149,7 @@ def _without_keyboard() -> Iterator[None]:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
-
+# %% ../nbs/20_batch.ipynb #424ca506
 class _Engine(contextlib.ExitStack):
     "The cluster, started when the first notebook needs it."
 
@@ -245,7 +245,7 @@ def _start(self: _Runner, o: Outcome) -> None:
         self.running[self.engine.submit(order | dict(share=share))] = o
         o.status, o.began = "running", time.monotonic()
 
-
+# %% ../nbs/20_batch.ipynb #8be59ead
 @patch
 def _take_in(self: _Runner) -> None:
     "Wait a moment; note what has ended."
@@ -341,7 +341,7 @@ def _last_line(folder: Path) -> str:
         return ""
     return next((line.strip() for line in reversed(re.split(r"[\r\n]", text)) if line.strip()), "")
 
-
+# %% ../nbs/20_batch.ipynb #801781ca
 def _table(shown: list[Outcome], outcomes: list[Outcome]):
     from rich.table import Table
 

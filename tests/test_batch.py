@@ -179,8 +179,13 @@ def test_a_changed_default_is_another_run(nbs):
     assert plan(Batch(notebooks=["10_grow"]), nbs=nbs)[0].address != before
 
 
-def test_the_books_own_batches():
+def test_the_books_own_batches(tmp_path, monkeypatch):
     ablations = {}
+    (tmp_path / "settings.ini").write_text("lib_name = cxr-book")
+    (tmp_path / "nbs").symlink_to(ROOT / "nbs")
+    for name in ("noise", "shortcut"):  # the folders that a batch may name
+        (tmp_path / "data" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     for f in sorted((ROOT / "configs").glob("*.yaml")):
         jobs = plan(Batch.read(f))
         assert jobs, f.name
