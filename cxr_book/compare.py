@@ -249,9 +249,8 @@ def stress_table(stress: pd.DataFrame, kind: str, metric: str) -> pd.DataFrame:
     here = stress[(stress["kind"] == kind) & (stress.metric == metric)]
     other = "on its own images, with the mark" if metric == "reliance" else kind
     first = "clean images" if metric == "reliance" else "clean"
-    values = (here.stressed, here.stressed + here.value) if metric == "reliance" else (here.clean, here.stressed)
     apart = [f"{v.value:+.3f} [{v.low:+.3f}, {v.high:+.3f}]{' *' * (v.p < 0.05)}" for v in here.itertuples()]
-    cells = {first: values[0], other: values[1], "difference": apart}
+    cells = {first: here.clean, other: here.stressed, "difference": apart}
     names = here.method if (here.finding == "Mean").all() else here.method + ", " + here.finding
     return pd.DataFrame(cells).set_axis(names).rename_axis(metric)
 

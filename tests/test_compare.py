@@ -347,6 +347,10 @@ def test_a_shortcut_is_measured_on_its_findings_with_and_without_the_mark(compar
     marks = compared.under_stress(stressed["marks"]).set_index(["metric", "finding"])
     told = {"Pneumothorax", "Infiltration"}
     assert set(marks.index) == {("AUROC", "Mean"), ("IoU", "Mean"), *((m, f) for m in ("AUROC", "reliance") for f in told)}
+    for row in marks.itertuples():
+        assert np.isnan(row.value) or row.value == pytest.approx(row.stressed - row.clean)
+    table = P.stress_table(marks.reset_index(), "shortcut", "reliance")
+    assert np.array_equal(table.iloc[:, :2], marks.loc["reliance", ["clean", "stressed"]], equal_nan=True)
     arm = next(compared.arms(stressed["marks"]))
     assert np.array_equal(arm.logits[0], arm.logits[1]) and not np.array_equal(arm.logits[1], arm.logits[2])
 
@@ -356,6 +360,8 @@ def test_the_answer_names_who_relies_on_a_mark():
     lines = [line | dict(method="a", stressed=0.7, value=0.2), line | dict(method="b", stressed=0.8, value=0.0)]
     (question, text), = P._under_stress(pd.DataFrame(lines))
     assert question == "And if a mark tells the answer?" and "`b` loses least, 0.000" in text and "`a` most, 0.200" in text
+    shown = P.stress_table(pd.DataFrame(lines).assign(p=0.01), "shortcut", "reliance")
+    assert shown.loc["a, Mass"].tolist() == [0.9, 0.7, "+0.200 [-0.100, +0.300] *"]  # as the columns say, no sum of them
     assert P._under_stress(pd.DataFrame(lines).assign(value=np.nan)) == P._under_stress(pd.DataFrame()) == []
 
 
