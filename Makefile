@@ -44,7 +44,7 @@ edition: install  ## the published edition: all chapters with rivals, ablations 
 
 site: install  ## render the site from published/ with Quarto, where it is installed
 	@if command -v quarto >/dev/null; then \
-	  PATH="$(CURDIR)/$(BIN):$$PATH"; python -m cxr_book.site touch && quarto render; \
+	  PATH="$(CURDIR)/$(BIN):$$PATH"; python -m cxr_book.site pages && quarto render && python -m cxr_book.site crawl _book; \
 	else echo "Quarto is not on the PATH, so the site is not rendered (all else is done). Get it from quarto.org, or: pip install quarto-cli"; fi
 
 test: install  ## all tests, file by file on JOBS processes

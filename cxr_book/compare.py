@@ -139,14 +139,7 @@ def show_tradeoff(
         ends = [[max(at.value - at.low, 0)], [max(at.high - at.value, 0)]]
         ax.errorbar(costs[key], at.value, ends, fmt="o", ms=4, color=color[key], lw=0.6)
     low, high = ax.get_ylim()
-    apart = (high - low) / max(20, 1.1 * len(keys))  # names keep this distance
-    places = np.array([quality.value[key] for key in keys])
-    for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + apart)
-    places -= max(0, places[-1] - high) if len(places) else 0
-    for i in range(len(places) - 2, -1, -1):
-        places[i] = min(places[i], places[i + 1] - apart)
-    for key, y in zip(keys, places):
+    for key, y in zip(keys, np.linspace(low, high, len(keys))):  # names at equal distances, in the order of quality
         line = dict(arrowstyle="-", lw=0.3, color=color[key])
         how = dict(textcoords=ax.get_yaxis_transform(), fontsize=6.5, va="center", color=color[key], arrowprops=line)
         ax.annotate(key, (costs[key], quality.value[key]), (1.03, y), **how)
@@ -234,12 +227,13 @@ def show_curves(
     ax,  # matplotlib axes
     labels: tuple[str, str],
     log: bool = False,
+    x: str = "at",  # or "part", where the values crowd at one end
 ):
     "Value with its interval against what the boxes were put in order by, one line a method; return `ax`."
     for i, key in enumerate(keys):
         one = finer[finer.method == key].sort_values("at")
-        ax.plot(one["at"], one.value, "o-", ms=3, color=f"C{i}", label=key)
-        ax.fill_between(one["at"], one.low, one.high, color=f"C{i}", alpha=0.12, lw=0)
+        ax.plot(one[x], one.value, "o-", ms=3, color=f"C{i}", label=key)
+        ax.fill_between(one[x], one.low, one.high, color=f"C{i}", alpha=0.12, lw=0)
     ax.set(xlabel=labels[0], ylabel=labels[1], ylim=(0, None), xscale="log" if log else "linear")
     return ax
 
@@ -262,7 +256,7 @@ def show_stress(
 ):
     "What stress changes, with 95 % intervals, a row a method, a colour a kind; return `ax`."
     rows = list(dict.fromkeys(zip(stress.method, stress.finding)))
-    kinds = list(stress["kind"].unique())
+    kinds = ["label noise", "shortcut"]
     for line in stress.itertuples():
         y = rows.index((line.method, line.finding)) + 0.18 * (kinds.index(line.kind) - (len(kinds) - 1) / 2)
         ends = [[max(line.value - line.low, 0)], [max(line.high - line.value, 0)]]

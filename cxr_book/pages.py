@@ -191,7 +191,7 @@ def answer(
     notebook, results = published / "21_compare.ipynb", published / "comparison.json"
     for f in (notebook, results):
         if not f.is_file():
-            raise CxrError(f"{f.parent.name}/{f.name} is missing, and the first page shows it; call `make publish`")
+            raise CxrError(f"{f.parent.name}/{f.name} is missing, and the first page shows it; call `make edition`")
     found, (png, caption) = read_json(results), picture(read_json(notebook), PICTURE)
     text = ["Means over the findings with 95 % intervals over patients; boxes at thresholds that were chosen on other patients.",
             f"Made again by `{found['command']}`; what it means is on",

@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import bisect
 import configparser
 import json
 import os
@@ -312,3 +313,20 @@ def test_the_picture_in_the_readme_is_published():
     ]
     (target,) = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text())
     assert [(ROOT / target).read_bytes()] == [base64.b64decode(p) for p in pictures]
+
+
+def numbers_of(value):
+    "Every number in a results file, without its sign."
+    if isinstance(value, dict | list):
+        return {n for v in (value.values() if isinstance(value, dict) else value) for n in numbers_of(v)}
+    return {abs(value)} if isinstance(value, int | float) else set()
+
+
+def test_figures_of_the_comparison_are_in_its_results_file():
+    "Every figure with three decimals in the tables and sentences of the page, up to the rounding of the file."
+    known = sorted(numbers_of(json.loads((ROOT / "published" / "comparison.json").read_text())))
+    cells = json.loads((ROOT / "published" / "21_compare.ipynb").read_text())["cells"]
+    text = "".join("".join(o.get("data", {}).get("text/markdown", "")) for c in cells for o in c.get("outputs", []))
+    figures = {float(f) for f in re.findall(r"\d\.\d{3}\b", text)}
+    at = {f: bisect.bisect_left(known, f - 0.00056) for f in figures}
+    assert len(figures) > 300 and not [f for f, i in at.items() if i == len(known) or known[i] > f + 0.00056]

@@ -209,7 +209,7 @@ def test_a_missing_twin_fails_the_filter(book):
         page.returncode
         and not page.stdout
         and "01_ink.ipynb: no executed twin" in page.stderr
-        and "make book" in page.stderr
+        and site.ADVICE in page.stderr
     )
 
 
