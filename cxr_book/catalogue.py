@@ -114,7 +114,7 @@ def _answers(run: Path, names: list[str]) -> Iterator[tuple[str, str, str, str]]
     yield from ((name, "mix", name, name) for name in names)
     yield "classifier", "classifier", "classifier", "sal"
 
-
+# %% ../nbs/20a_catalogue.ipynb #6d08e481
 def _folds(run: Path, names: list[str]) -> Iterator[tuple[str, str, str, str]]:
     "Each fold's network, with the field and without."
     for folder in sorted(f.name for f in run.glob("un*-fold*")):
@@ -155,7 +155,7 @@ def chapter_of(
         raise CxrError(f"{run}: a run of no chapter as it stands today; nearest is {name}, but for {odd}. Run it again")
     return name
 
-
+# %% ../nbs/20a_catalogue.ipynb #432aec2a
 def trained_methods(
     run: Path | str,  # a chapter's run folder
 ) -> dict[str, Trained]:

@@ -49,7 +49,7 @@ def parse_parameters(
             raise CxrError(f"-p {text!r}: the value is no YAML; quote it") from None
     return found
 
-
+# %% ../nbs/32_command.ipynb #9812960f
 @app.command()
 def run(
     notebooks: list[str] = typer.Argument(None, help="Notebooks (10_baselines), patterns ('1*'), or one batch file (.yaml).", show_default=False),

@@ -119,7 +119,7 @@ def runs_in(
         raise CxrError(f"{folder}: neither a run folder nor a folder of some; `cxr-book runs` lists those that are there")
     return [*map(str, inside)]
 
-
+# %% ../nbs/20c_contest.ipynb #6e3563ea
 def enter(
     runs: Sequence[Path | str],  # run folders of chapters; they are only read
     folder: Path | str,  # where to keep what is needed to open them

@@ -114,7 +114,7 @@ def _little(ds: Any) -> bool:
     "Whether the file has its low byte first."
     return bool(ds.original_encoding[1]) if ds.original_encoding[1] is not None else True
 
-
+# %% ../nbs/04c_dicom.ipynb #a865061d
 def _voi(values: np.ndarray, counts: np.ndarray, ds: Any, frame: int, stored: np.ndarray) -> np.ndarray:
     "The window step: a table, a window, or none; 0..1."
     for place in _places(ds, frame):
@@ -213,7 +213,7 @@ def _refuse(ds: Any, path: Path, max_megapixels: float) -> None:
         raise CxrError(f"{path}: the header promises {n:,} frames of {w:,} x {h:,} pixels; export the image again")
     _refuse_data(ds, path, h * w)
 
-
+# %% ../nbs/04c_dicom.ipynb #5c4f23ef
 def _refuse_data(ds: Any, path: Path, pixels: int) -> None:
     "Pixels that cannot be decoded here, or that are not all there."
     from pydicom.pixels import get_decoder

@@ -318,7 +318,7 @@ def title(self: OnnxMethod) -> str:
 def rule(self: OnnxMethod) -> BoxRule:
     return self.card.rule
 
-
+# %% ../nbs/22a_export.ipynb #4ab28e7b
 @patch(as_prop=True)
 def thresholds(self: OnnxMethod) -> np.ndarray:  # (14,)
     return np.array(self.card.thresholds, np.float64)

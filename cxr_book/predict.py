@@ -203,7 +203,7 @@ class Options:
     html: bool = True  # a page
     max_side: int = 1024  # pixels of the pictures' longer side
 
-
+# %% ../nbs/22_predict.ipynb #4552c6be
 def write_one(
     out: Path,
     item: Item,

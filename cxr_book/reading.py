@@ -61,7 +61,7 @@ def _serve() -> None:
             tell(error=str(e))
         _watch(0)
 
-
+# %% ../nbs/04d_reading.ipynb #ec78ef87
 def _watch(seconds: int) -> None:
     "End this process if it is not told otherwise in time (where the system can)."
     with contextlib.suppress(AttributeError, ImportError):

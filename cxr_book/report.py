@@ -136,7 +136,7 @@ figure{margin:0}img{max-width:100%;height:auto;border-radius:4px}figcaption{font
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
-
+# %% ../nbs/08b_report.ipynb #c0d749c4
 def _page(title: str, body: str) -> str:
     "A whole HTML document."
     return f"""<!doctype html>

@@ -116,7 +116,7 @@ def _write(file: Path, data: bytes) -> Path:
         part.write_bytes(data)
     return file
 
-
+# %% ../nbs/30_site.ipynb #e91a1f9d
 def _check_finished(notebook: dict, path: Path) -> None:
     for c in _code(notebook):
         if bad := [o for o in c["outputs"] if o["output_type"] == "error"]:
