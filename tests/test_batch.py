@@ -321,9 +321,10 @@ time.sleep(300 if first else 0)
 
 
 RUNNER = """
-import sys
+import signal, sys
 from cxr_book.batch import Batch, run_batch
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
     out, nbs, n, *address = sys.argv[1:]
     grow = dict(notebook="10_grow", parameters=dict(seed=[*range(int(n))]))
     batch = Batch(notebooks=[grow, dict(notebook="21_judge", after=["10_grow"])])
