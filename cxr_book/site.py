@@ -20,7 +20,7 @@ from pathlib import Path
 
 import typer
 
-from .core import CxrError, atomic, digest, read_json, stamp, write_json
+from .core import CxrError, atomic, digest, plain_errors, read_json, stamp, write_json
 from .crawl import crawl
 from .essence import code_cells as _code
 from .essence import essence, fingerprint, parts
@@ -323,19 +323,11 @@ app = typer.Typer(
 )  # fmt: skip
 
 
-def _say(action, *args):
-    "Run `action`; an error that the user can put right becomes one line and a non-zero exit."
-    try:
-        return action(*args)
-    except CxrError as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise typer.Exit(1) from None
-
-
 @app.command("check")
+@plain_errors()
 def _check_command():
     "List the notebooks without a fresh executed twin; exit 1 if there are any."
-    found = _say(check)
+    found = check()
     print(*(found or ["every notebook has a fresh executed twin"]), sep="\n")
     raise typer.Exit(bool(found))
 
@@ -358,20 +350,22 @@ def _publish_command(
 
 # %% ../nbs/30_site.ipynb #2015d297
 @app.command("filter")
+@plain_errors()
 def _filter_command():
     "Filter a notebook from standard input to standard output, for Quarto."
     keep, sys.stdout = sys.stdout, sys.stderr  # what nbdev or an import prints must not get into the notebook
     try:
-        page = _say(filtered, json.load(sys.stdin))
+        page = filtered(json.load(sys.stdin))
     finally:
         sys.stdout = keep
     print(json.dumps(page))
 
 
 @app.command("pages")
+@plain_errors()
 def _pages_command():
     "Make all that Quarto needs: list of names, first page, downloads, filtered notebooks; then call `quarto render`."
-    root, refused = _say(project), []
+    root, refused = project(), []
     for f in sorted((root / "nbs").glob("*.ipynb")):
         try:
             filtered(read_json(f), root)
@@ -381,16 +375,17 @@ def _pages_command():
     print(*refused, sep="\n", end="\n" * bool(refused), file=sys.stderr)
     if refused:
         raise typer.Exit(1)
-    _say(write_pages, root, published(root))
-    print(_say(write_gallery, root, published(root)))
+    write_pages(root, published(root))
+    print(write_gallery(root, published(root)))
 
 
 @app.command("crawl")
+@plain_errors()
 def _crawl_command(
     folder: Path = typer.Argument(..., help="the rendered site, `_book` for one"),
 ):
     "List links, references and files of the rendered pages that lead nowhere; exit 1 if there are any."
-    found = _say(crawl, folder)
+    found = crawl(folder)
     print(*(found or ["every link leads somewhere, and nothing needs the network"]), sep="\n")
     raise typer.Exit(bool(found))
 
