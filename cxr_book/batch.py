@@ -64,7 +64,9 @@ def _environment(order: dict[str, Any], worker: int | str) -> dict[str, str]:
     device = pin(worker, cuda_devices() if order["devices"] is None else order["devices"])
     threads = str(order["threads"] or max(n_cpus() // order["share"], 1))
     more = dict.fromkeys(THREADS, threads) | {"CXR_BOOK_HOME": order["home"], "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    return os.environ | more | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+    env = os.environ | more | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+    env.pop("MALLOC_TRIM_THRESHOLD_", None)  # dask's, which makes a training on a CPU take twice as long
+    return env
 
 
 def _on_worker(order: dict[str, Any]) -> dict[str, Any]:
@@ -159,9 +161,11 @@ class _Engine(contextlib.ExitStack):
 
     @functools.cached_property
     def client(self):
+        import dask
         from distributed import Client, LocalCluster
 
         logging.getLogger("distributed").setLevel(logging.CRITICAL)
+        dask.config.set({"distributed.worker.profile.enabled": False})  # it looks at each worker a hundred times a second
         if self.address:
             try:
                 return self.enter_context(Client(self.address, timeout=5))
@@ -192,15 +196,15 @@ class _Runner:
     def __init__(self, jobs: list[Job], asked: dict[str, Any], engine: _Engine, screen: "_Screen"):
         self.asked, self.engine, self.screen = asked, engine, screen
         self.outcomes = {j.folder.name: Outcome(j) for j in jobs}
-        self.batch, self.running, self.tries = os.urandom(4).hex(), {}, {}
+        self.batch, self.running, self.tries, self.due = os.urandom(4).hex(), {}, {}, 0.0
         self.parts = {j.notebook: parts(j.source) for j in jobs}
 
     def run(self) -> list[Outcome]:
         outcomes = [*self.outcomes.values()]
         try:
             while any(o.status in ("waiting", "held", "running") for o in outcomes):
-                self._give_out()
-                self._take_in()
+                if self._take_in() or time.monotonic() > self.due:
+                    self._give_out()
                 self.screen.show(outcomes)
         except KeyboardInterrupt:
             for o in outcomes:
@@ -213,6 +217,7 @@ class _Runner:
         return outcomes
 
     def _give_out(self) -> None:
+        self.due = time.monotonic() + 1  # until then only if something ends: to look at all of them takes time
         for o in self.outcomes.values():
             if o.status not in ("waiting", "held"):
                 continue
@@ -247,15 +252,17 @@ def _start(self: _Runner, o: Outcome) -> None:
 
 # %% ../nbs/20_batch.ipynb #8be59ead
 @patch
-def _take_in(self: _Runner) -> None:
-    "Wait a moment; note what has ended."
+def _take_in(self: _Runner) -> bool:
+    "Wait a moment; note what has ended, and whether there is something to give out."
     if not self.running:
-        return time.sleep(0.2 if any(o.status == "held" for o in self.outcomes.values()) else 0)
+        time.sleep(0.2 if any(o.status == "held" for o in self.outcomes.values()) else 0)
+        return True
     from distributed import wait
 
     with contextlib.suppress(TimeoutError):
         wait([*self.running], timeout=0.25, return_when="FIRST_COMPLETED")
-    for future in [f for f in self.running if f.done()]:
+    ended = [f for f in self.running if f.done()]
+    for future in ended:
         o, record = self.running.pop(future), _result(future)
         o.status, o.error = record["status"], record["error"]
         o.attempts, o.seconds = record.get("attempts", 0), record.get("seconds") or 0.0
@@ -265,6 +272,7 @@ def _take_in(self: _Runner) -> None:
         if o.status == "failed" and self.tries.get(o.job.address, 0) < self.asked["retries"]:
             self.tries[o.job.address] = self.tries.get(o.job.address, 0) + 1
             o.status = "waiting"
+    return bool(ended)
 
 # %% ../nbs/20_batch.ipynb #539b9a94
 def _result(future) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from torch import nn
 
 from .bodies import Body, count_parameters
 from .catalogue import Trained
+from .classification import auroc_draws, cell_of, finite_mean, summarise
 from .contest import Comparison, Entrant, asked_of, predictions_of, subset
 from .core import FINDINGS, CxrError, derive, progress, read_json, refuse_other
-from .evaluation import Pairs, auroc_draws, cuts_of, pairs_of, score_pairs, summarise, thresholds_for
+from .evaluation import Pairs, cuts_of, pairs_of, score_pairs, thresholds_for
 from .localization import area
 from .measure import in_turns, peak_memory
 
@@ -37,14 +38,6 @@ def holm(
     return steps[np.argsort(order, kind="stable")]
 
 # %% ../nbs/20d_contrasts.ipynb #4d8c2a41
-def _tested(draws: np.ndarray, n: int) -> dict[str, float]:
-    "A difference (the first of the draws) with its interval and two-sided p, as `evaluation.paired_auroc` gives them."
-    value, rest = draws[0], draws[1:][np.isfinite(draws[1:])]
-    low, high = np.percentile(rest, (2.5, 97.5)) if len(rest) else (np.nan, np.nan)
-    p = 2 * (1 + min((rest <= 0).sum(), (rest >= 0).sum())) / (1 + len(rest))
-    return dict(value=float(value), low=float(low), high=float(high), n=n, p=min(1.0, p))
-
-
 def auroc_pairs(
     logits: Mapping[str, np.ndarray],  # method -> (n, K), of the same images
     y: np.ndarray,  # (n, K)
@@ -54,8 +47,8 @@ def auroc_pairs(
 ) -> list[dict[str, Any]]:
     "a, b, and the difference of their mean AUROCs with interval and p, for all pairs."
     draws = {key: auroc_draws(y, z, patients, n_boot, seed) for key, z in logits.items()}
-    mean = {key: np.ma.masked_invalid(d).mean(1).filled(np.nan) for key, d in draws.items()}
-    return [dict(a=a, b=b) | _tested(mean[a] - mean[b], len(y)) for a, b in combinations(mean, 2)]
+    mean = {key: finite_mean(d, 1) for key, d in draws.items()}
+    return [dict(a=a, b=b) | cell_of(mean[a] - mean[b], len(y), test=True) for a, b in combinations(mean, 2)]
 
 
 def value_pairs(
@@ -265,11 +258,12 @@ def under_stress(self: Comparison, stressed: Mapping[str, Entrant]) -> pd.DataFr
     for arm in self.arms(stressed):
         y, who = self.data.labels[arm.rows], self.patients[arm.rows]
         draws = [auroc_draws(y, z, who, *how) for z in arm.logits]
-        mean = [np.ma.masked_invalid(d).mean(1).filled(np.nan) for d in draws]
+        mean = [finite_mean(d, 1) for d in draws]
         about = dict(kind=arm.stress.kind, method=arm.key, images=len(arm.rows))
 
         def add(metric, finding, a, b, n):
-            lines.append(about | dict(metric=metric, finding=finding, clean=a[0], stressed=b[0]) | _tested(b - a, n))
+            both = dict(metric=metric, finding=finding, clean=a[0], stressed=b[0])
+            lines.append(about | both | cell_of(b - a, n, test=True))
 
         add("AUROC", "Mean", mean[0], mean[1], len(y))
         for finding in arm.stress.told:

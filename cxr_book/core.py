@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FINDINGS', 'BOXED', 'NO_FINDING', 'PRESETS', 'CxrError', 'did_you_mean', 'plain_errors', 'finding_index', 'Settings',
            'digest', 'atomic', 'write_json', 'read_json', 'home', 'reported', 'derive', 'seed_everything',
-           'pick_device', 'pick_precision', 'check_torchvision', 'n_cpus', 'progress', 'refuse_other', 'Run', 'stamp',
-           'code_version', 'device_name']
+           'pick_device', 'pick_precision', 'check_torchvision', 'keep_memory', 'n_cpus', 'progress', 'refuse_other',
+           'Run', 'stamp', 'code_version', 'device_name']
 
 # %% ../nbs/01_core.ipynb #0f409d82
 import contextlib
+import ctypes
 import difflib
 import errno
 import hashlib
@@ -269,6 +270,14 @@ def check_torchvision() -> None:
             f"torch {torch.__version__} and torchvision {torchvision.__version__} do not fit together "
             f"(torchvision.ops.nms fails: {str(e).splitlines()[0]}); install both from the same index in one command"
         ) from None
+
+# %% ../nbs/01_core.ipynb #6b0e92f4
+def keep_memory() -> bool:
+    "Let this process keep freed memory up to 1 GiB for what comes next; whether its C library (glibc) can."
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # as <malloc.h> numbers them
+    return bool(libc.mallopt(mmap_threshold, 2**25) and libc.mallopt(trim_threshold, 2**30))
 
 # %% ../nbs/01_core.ipynb #defdfb05
 def n_cpus() -> int:

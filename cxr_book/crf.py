@@ -59,7 +59,7 @@ class GaussianKernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, row: Tensor, window: int, h: int, w: int) -> Tensor:
         own, inside = row[..., window // 2 :][..., : h * w], _inside(window, h, w, row)
-        kernel = row.new_zeros(len(row), window, window, h * w)
+        kernel = row.new_zeros(row.shape[0], window, window, h * w)
         for i, patches, near in _rows(window, h, w):
             apart = _neighbours(row, near, window) - own[:, :, None, patches]  # (B, F, window, n)
             n = apart.shape[3]
@@ -107,7 +107,7 @@ def _checked(z: Tensor, kernel: Tensor, weight: Tensor) -> list[Tensor]:
     "All three in one type, at least float32; or a refusal."
     shapes = [tuple(t.shape) for t in (z, kernel, weight)]
     fit = z.ndim == weight.ndim == 4 and weight.shape == (z.shape[1], z.shape[1], *2 * weight.shape[3:])
-    if not fit or kernel.shape != (len(z), weight.shape[3] ** 2, *z.shape[2:]):
+    if not fit or kernel.shape != (z.shape[0], weight.shape[3] ** 2, *z.shape[2:]):
         raise CxrError(
             f"z, kernel and weight have the shapes {shapes[0]}, {shapes[1]} and {shapes[2]}; expected "
             "(B, K, h, w), (B, window * window, h, w) and (K, K, window, window) that agree"

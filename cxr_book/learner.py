@@ -22,8 +22,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cxr_book.core import (
-    CxrError, Run, Settings, atomic, derive, pick_device, pick_precision, progress, read_json, seed_everything,
-    write_json,
+    CxrError, Run, Settings, atomic, derive, keep_memory, pick_device, pick_precision, progress, read_json,
+    seed_everything, write_json,
 )  # fmt: skip
 from .layers import load_strict, save_weights
 
@@ -104,6 +104,7 @@ def make_fabric(
     "Fabric for this process; started by `torchrun` or Slurm it joins the other processes."
     import lightning_fabric  # which takes seconds: only where something is trained
 
+    keep_memory()
     dev = pick_device(device)
     kind, world = {"cuda": "gpu"}.get(dev.type, dev.type), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

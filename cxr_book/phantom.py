@@ -21,8 +21,8 @@ import cv2
 import numpy as np
 
 from cxr_book.core import (
-    FINDINGS, NO_FINDING, CxrError, atomic, digest, home, n_cpus, plain_errors, progress, read_json, refuse_other,
-    write_json,
+    FINDINGS, NO_FINDING, CxrError, atomic, digest, home, keep_memory, n_cpus, plain_errors, progress, read_json,
+    refuse_other, write_json,
 )  # fmt: skip
 from .course import PhantomSettings, Visit, course, plan
 from .drawing import STRUCTURES, Drawing, draw_image, enclosing_box
@@ -116,13 +116,14 @@ def _read_facts(folder: Path, visit: Visit) -> dict[str, dict]:
     return {f: facts(masks, f) for f in visit.findings}
 
 
-def _follow_parent() -> None:
-    "End this worker when its parent ends, even by SIGKILL."
+def _begin_worker() -> None:
+    "Keep memory, and end when the parent ends, even by SIGKILL."
 
     def wait():
         multiprocessing.parent_process().join()
         os._exit(1)
 
+    keep_memory()
     threading.Thread(target=wait, daemon=True).start()
 
 # %% ../nbs/02_phantom.ipynb #6aa5aa67
@@ -137,7 +138,7 @@ def _drawn(settings: PhantomSettings, folder: Path, visits: list[Visit], workers
         return
     draw = importlib.import_module("cxr_book.phantom")  # also where this runs in a notebook: workers must find it
     context = multiprocessing.get_context("spawn")  # forking a process with threads (torch) can hang
-    pool = ProcessPoolExecutor(min(workers, len(visits)), context, draw._follow_parent)
+    pool = ProcessPoolExecutor(min(workers, len(visits)), context, draw._begin_worker)
     try:
         yield from (f.result() for f in as_completed([pool.submit(draw._draw_files, *a) for a in args]))
     except BrokenProcessPool as e:

@@ -120,8 +120,8 @@ def align_lattice(
 ) -> Tensor:  # (..., H, W)
     "The bins of all regions of one size, the regions side by side (@eq-region-products)."
     x = maps.reshape(-1, *maps.shape[-2:])  # map by map, so that no result depends on how many there are
-    x = torch.bmm(x, across.mT.expand(len(x), -1, -1))
-    return torch.bmm(down.expand(len(x), -1, -1), x).view(*maps.shape[:-2], len(down), len(across))
+    x = torch.bmm(x, across.mT.expand(x.shape[0], -1, -1))
+    return torch.bmm(down.expand(x.shape[0], -1, -1), x).view(*maps.shape[:-2], len(down), len(across))
 
 # %% ../nbs/05c_regions.ipynb #19f45edd
 def regions_apart(
@@ -211,7 +211,7 @@ def maxima(self: RegionHead, features: Tensor, *gates: Tensor) -> Tensor:  # (G,
     with torch.autocast(features.device.type, enabled=False):  # here, as backward calls this again
         for x, gate in zip(self.aligned(features), gates):
             x = self.conv(regions_apart(x * gate, self.size))
-            found.append(F.max_pool2d(x, self.size).view(len(features), -1, x.shape[1]))
+            found.append(F.max_pool2d(x, self.size).view(features.shape[0], -1, x.shape[1]))
     return torch.cat(found, 1)
 
 # %% ../nbs/05c_regions.ipynb #fee1c8a2
@@ -228,7 +228,7 @@ def regions(self: RegionHead, features: Tensor, saliency: Tensor) -> Tensor:  # 
     with torch.autocast(features.device.type, enabled=False):
         gates = [x.sigmoid() for x in self.aligned(saliency[:, None])]
         chunk = self.chunk(features)
-        if chunk >= len(features):
+        if chunk >= features.shape[0]:  # `len` would be a constant of an exported file
             x = self.maxima(features, *gates)
         else:
             tensors = features, *gates

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from .classification import summarise
 from .core import FINDINGS, CxrError, did_you_mean
-from .evaluation import Pairs, Predictions, cuts_of, heat_of, pairs_of, score_pairs, summarise, thresholds_for
+from .evaluation import Pairs, Predictions, cuts_of, heat_of, pairs_of, score_pairs, thresholds_for
 from .loader import ImageCache
 from .localization import BoxRule, detect, otsu, score
 from .study import Study, score_all

@@ -18,10 +18,11 @@ from pydantic import Field
 from torch import nn
 
 from .bodies import Body
+from .classification import auroc
 from .controls import score_controls
 from .core import CxrError, Run, Settings, derive, home
 from .data import Radiographs, read
-from .evaluation import Predictions, auroc, evaluate, predict, to_frame
+from .evaluation import Predictions, evaluate, predict, to_frame
 from .layers import Classifier, Output, bce, save_weights
 from .learner import Learner, Stage, make_fabric
 from .loader import Augment, ImageCache, Loader, build_cache

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 import cv2
 
 from .bodies import Body
+from .classification import auroc, auroc_draws, cell_of, summarise
 from .core import FINDINGS, Run, Settings, derive, digest, home
 from .data import Radiographs, read
 from .drawing import enclosing_box
-from .evaluation import auroc, auroc_draws, predict, summarise
+from .evaluation import predict
 from .images import ImageCache, build_cache
 from .layers import Classifier, Output, bce
 from .learner import Stage, make_fabric
@@ -48,9 +49,8 @@ def mean_cell(values: np.ndarray, patients: np.ndarray, n_boot: int, seed: int =
 
 def auroc_cell(y: np.ndarray, scores: np.ndarray, patients: np.ndarray, n_boot: int, seed: int = 0) -> dict[str, float]:
     "AUROC of (n,) scores for (n,) labels, its interval over patients, and the number of positives."
-    areas = auroc_draws(np.asarray(y)[:, None], np.asarray(scores)[:, None], patients, n_boot, seed)[:, 0]
-    low, high = np.nanpercentile(areas[1:], (2.5, 97.5))
-    return dict(value=float(areas[0]), low=float(low), high=float(high), n=int(np.sum(y)))
+    draws = auroc_draws(np.asarray(y)[:, None], np.asarray(scores)[:, None], patients, n_boot, seed)
+    return cell_of(draws[:, 0], np.sum(y))
 
 # %% ../nbs/09a_transfer.ipynb #99b5b288
 def _blurred(cells: int) -> Callable[[Tensor], Tensor]:

@@ -23,10 +23,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .bodies import Body
+from .classification import auroc_draws, finite_mean
 from .core import FINDINGS, NO_FINDING, CxrError, atomic, derive, digest, home, n_cpus, progress
 from .course import Visit, plan
 from .drawing import Drawing, draw_image, enclosing_box
-from .evaluation import Predictions, auroc_draws, heat_of, pairs_of
+from .evaluation import Predictions, heat_of, pairs_of
 from .guided import ExcitedClassifier, GuidedNet
 from .layers import Classifier, Output, bce
 from .learner import Stage
@@ -260,8 +261,7 @@ def compare_arms(
     seed: int = 0,
 ) -> pd.DataFrame:
     "Mean AUROC of each arm and what the arm adds to the first one, with intervals over patients, on the same resamples."
-    draws = {arm: np.ma.masked_invalid(auroc_draws(y, z, patients, n_boot, seed)) for arm, z in logits.items()}
-    areas = {arm: d.mean(1).filled(np.nan) for arm, d in draws.items()}  # (1 + n_boot,)
+    areas = {arm: finite_mean(auroc_draws(y, z, patients, n_boot, seed), 1) for arm, z in logits.items()}  # (1 + n_boot,)
     first, rows = next(iter(areas.values())), {}
     for arm, area in areas.items():
         ends = [np.nanpercentile(a[1:], (2.5, 97.5)) if n_boot else (np.nan, np.nan) for a in (area, area - first)]

@@ -15,8 +15,9 @@ from hypothesis import settings as h_settings
 from hypothesis import strategies as st
 
 from cxr_book import results as R
+from cxr_book.classification import patient_weights, summarise
 from cxr_book.core import FINDINGS, CxrError, reported
-from cxr_book.evaluation import Predictions, patient_weights, summarise
+from cxr_book.evaluation import Predictions
 from cxr_book.localization import BoxRule
 from cxr_book.study import StudySettings, open_study
 from cxr_book.viz import paper_column, show_gallery, show_panels

@@ -17,12 +17,13 @@ from steps import step
 
 from cxr_book import weighting
 from cxr_book.bodies import BODIES, Body, count_parameters
+from cxr_book.classification import patient_weights
 from cxr_book.controls import grad_cam
 from cxr_book.core import FINDINGS, NO_FINDING, PRESETS, CxrError
 from cxr_book.course import plan
 from cxr_book.data import read
 from cxr_book.drawing import draw_image, enclosing_box
-from cxr_book.evaluation import Predictions, pairs_of, patient_weights, predict
+from cxr_book.evaluation import Predictions, pairs_of, predict
 from cxr_book.guided import ExcitedClassifier, GuidedNet
 from cxr_book.layers import bce, load_strict, save_weights
 from cxr_book.learner import Learner
