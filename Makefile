@@ -48,7 +48,7 @@ site: install  ## render the site from published/ with Quarto, where it is insta
 	else echo "Quarto is not on the PATH, so the site is not rendered (all else is done). Get it from quarto.org, or: pip install quarto-cli"; fi
 
 test: install  ## all tests, file by file on JOBS processes
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 export: install  ## notebooks -> package, and clean the notebooks
 	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_export && PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_clean --fname nbs

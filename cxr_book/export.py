@@ -45,7 +45,7 @@ class ExportSettings(Settings):
     seed: int = Field(0, ge=0)
     run: str = ""  # a chapter's run folder; empty: a baseline is trained
     images: int = Field(8, ge=0)  # drawn radiographs that a file is tried on, besides noise
-    tolerance: float = Field(1e-4, gt=0)  # largest difference of a logit, and of a cell of a map
+    tolerance: float = Field(1e-4, gt=0)  # largest difference of a logit, and of a cell of a map as a share of its scale
     presets: ClassVar[dict[str, dict[str, Any]]] = {"smoke": dict(images=3)}
 
 # %% ../nbs/22a_export.ipynb #b96e72a5
@@ -358,13 +358,14 @@ def disagreement(
     images: Tensor,  # (n, 1, S, S)
     batches: tuple[int, ...] = (1, 3),  # sizes to try
 ) -> dict[str, float]:
-    "The largest absolute difference of logits and of maps; NaN if one of them says no number."
+    "The largest difference of logits, and of maps as a share of their scale; NaN if one of them says no number."
     found = dict(logits=[], maps=[])
     for x in (x for size in batches for x in images.split(size)):
         one, two = method(x), exported(x)
         for key, apart in found.items():
             a, b = getattr(one, key), getattr(two, key)
-            apart.append((a - b).abs().max() if a.shape == b.shape else torch.tensor(torch.nan))
+            scale = a.abs().amax((2, 3), keepdim=True).clamp(min=1) if key == "maps" else 1
+            apart.append(((a - b).abs() / scale).max() if a.shape == b.shape else torch.tensor(torch.nan))
     return {key: float(torch.stack(apart).max()) for key, apart in found.items()}
 
 # %% ../nbs/22a_export.ipynb #5d13dc1c
@@ -372,7 +373,7 @@ def export_onnx(
     trained: Trained,  # of the catalogue
     path: Path | str,  # the file to write
     images: Tensor | np.ndarray | None = None,  # (n, 1, S, S) in 0..1 to try it on, besides noise
-    tolerance: float = 1e-4,  # largest difference of a logit, and of a cell of a map
+    tolerance: float = 1e-4,  # largest `disagreement`
 ) -> Path:
     "The ONNX file of a trained method, which was seen to give the same output."
     method, card = trained.load(), card_of(trained)

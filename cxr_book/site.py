@@ -76,10 +76,9 @@ def publish(
     run = Path(executed).with_name("stamp.json")
     _check_age(notebook, executed, made, package)
     notebook["cells"] = [_clean(c, root) for c in notebook["cells"]]
+    about = read_json(run) if run.exists() else stamp({}, "") | dict(date=_began(notebook, executed).isoformat("T", "seconds"))
     notebook["metadata"] = {k: v for k, v in notebook["metadata"].items() if k == "kernelspec"}
-    notebook["metadata"]["cxr_book"] = dict(
-        fingerprint=digest(made), parts=made, stamp=read_json(run) if run.exists() else stamp({}, "")
-    )
+    notebook["metadata"]["cxr_book"] = dict(fingerprint=digest(made), parts=made, stamp=about)
     with_outputs(read_json(source), notebook, name)
     text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     if len(text.encode()) > MOST_BYTES:
@@ -125,6 +124,14 @@ def _check_finished(notebook: dict, path: Path) -> None:
             raise CxrError(f"{path}: cell {c['id']} was not executed")
 
 
+def _began(notebook: dict, path: Path) -> datetime:
+    "When papermill began to execute a notebook; if it does not say, when the file was written."
+    started = notebook["metadata"].get("papermill", {}).get("start_time")
+    if started:
+        return datetime.fromisoformat(started).replace(tzinfo=timezone.utc)
+    return datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
+
+
 def _check_age(notebook: dict, path: Path, made: dict[str, str], package: Path) -> None:
     "Refuse a run of other code: what the batch noted when it began differs; without a note, a module is younger."
     if path.with_name("run.json").is_file():
@@ -132,9 +139,7 @@ def _check_age(notebook: dict, path: Path, made: dict[str, str], package: Path) 
         if changed := sorted(k for k in made.keys() | then.keys() if made.get(k) != then.get(k)):
             raise CxrError(f"{path}: {', '.join(changed)} changed after this run began; {ADVICE}")
         return
-    began, started = path.stat().st_mtime, notebook["metadata"].get("papermill", {}).get("start_time")
-    if started:
-        began = datetime.fromisoformat(started).replace(tzinfo=timezone.utc).timestamp()
+    began = _began(notebook, path).timestamp()
     for m in made:
         if (package / f"{m}.py").is_file() and (package / f"{m}.py").stat().st_mtime > began:
             raise CxrError(f"{path}: {m}.py was written after this run began; {ADVICE}")

@@ -1,4 +1,4 @@
-"Every chapter runs under papermill with its smoke preset on the drawn data set, and leaves a complete run folder."
+"Every chapter runs under papermill with its smoke preset on drawn and on real radiographs, and leaves a complete run folder."
 
 import json
 import os
@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -35,6 +38,12 @@ def execute(notebook, folder, home, *parameters):
     return json.loads((folder / "metrics.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    "Drawn once, and real radiographs read once, for all chapters."
+    return tmp_path_factory.mktemp("home")
+
+
 def timeless(value):
     "Metrics without what differs from run to run: durations and dates."
     if isinstance(value, dict):
@@ -48,27 +57,29 @@ def timeless(value):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda f: f.stem)
-def test_smoke(notebook, tmp_path):
+def test_smoke(notebook, tmp_path, home, run_here):
     folder = tmp_path / "run"
-    first = execute(notebook, folder, tmp_path)
+    first = execute(notebook, folder, home)
     for name in ("config.json", "metrics.json", "stamp.json"):
         assert json.loads((folder / name).read_text()), name
     assert list((folder / "figures").glob("*.png"))
     weights = {f: f.stat().st_mtime_ns for f in folder.rglob("weights.safetensors")}
     assert weights and all(f.stat().st_size for f in weights)
-    again = execute(notebook, folder, tmp_path)
-    assert timeless(again) == timeless(first)
+    given = parameterize_notebook(load_notebook_node(str(notebook)), dict(preset="smoke", out_dir=str(folder)))
+    nbformat.write(given, tmp_path / notebook.name)
+    run_here(tmp_path / notebook.name, home)
+    assert timeless(json.loads((folder / "metrics.json").read_text())) == timeless(first)
     assert {f: f.stat().st_mtime_ns for f in weights} == weights  # nothing was trained again
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda f: f.stem)
-def test_real_radiographs(notebook, tmp_path):
+def test_real_radiographs(notebook, tmp_path, home):
     real = ROOT.parent / "shared" / "chestxray14"
     if not real.is_dir():
         pytest.skip("no real radiographs beside this checkout")
     asked = ["-p", "data_root", real]
     if "ablations = " in notebook.read_text():
         asked += ["-p", "ablations", "False"]  # `test_smoke` has them
-    metrics = execute(notebook, tmp_path / "run", tmp_path, *asked)
+    metrics = execute(notebook, tmp_path / "run", home, *asked)
     assert all(result["n_pairs"] == 34 for result in metrics.values() if isinstance(result, dict))

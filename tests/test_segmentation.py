@@ -141,8 +141,8 @@ def test_masks_of_the_loader_are_those_that_are_measured(drawn):
 @pytest.mark.slow
 def test_unseen_drawn_patients(tmp_path):
     "What chapter 14 relies on: lungs at least 0.95, heart at least 0.90."
-    data = read(draw_dataset(PhantomSettings(n_images=1000, size=128, seed=9), tmp_path / "set"))
-    settings = SegmentationSettings(epochs=4)
+    data = read(draw_dataset(PhantomSettings(n_images=500, size=64, seed=9), tmp_path / "set", workers=1))
+    settings = SegmentationSettings(image_size=64)
     method, _ = fit_segmenter(data, settings, tmp_path / "run")
     left, right, heart = dice(*segment(method, mask_loader(data, data.lists["test"], settings))).mean(0)
     assert min(left, right) >= 0.95 and heart >= 0.90

@@ -1,0 +1,32 @@
+"What several files of tests share, and the order in which they run."
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LONG = ("test_chapters", "test_export", "test_segmentation", "test_notebooks", "test_batch", "test_realism")
+
+
+def pytest_collection_modifyitems(items):
+    "Long files first: a process takes one file after the other, and the last ones should be short."
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfd):
+    "Execute a notebook in this process, which has loaded the libraries; it has names and figures of its own."
+    import matplotlib
+    import matplotlib.pyplot as plt
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+
+    def run(notebook, home):
+        monkeypatch.setenv("CXR_BOOK_HOME", str(home))
+        monkeypatch.setenv("MPLBACKEND", "agg")
+        matplotlib.use("agg", force=True)
+        passed, _ = test_nb(notebook, skip_flags=get_config().tst_flags.split(), basepath=ROOT)
+        plt.close("all")
+        assert passed, capfd.readouterr().err[-4000:]
+
+    return run
