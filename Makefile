@@ -28,7 +28,8 @@ $(READY): pyproject.toml
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 >/dev/null
 	@touch $@
 
-book: install  ## run every notebook on the drawn data set, then render the site (PRESET=smoke|quick|paper, JOBS=2)
+book: install  ## chapters, comparison and a prediction on the drawn data set, then the site (PRESET=smoke|quick|paper, JOBS=2)
+	@mkdir -p $(SHOWN) && cp published/* $(SHOWN)/
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cxr-book run configs/book.yaml --preset $(PRESET) --workers $(JOBS) --publish $(SHOWN)
 	@CXR_BOOK_PUBLISHED=$(SHOWN) $(MAKE) --no-print-directory site
 	@echo; echo "Which method for what: $$(ls -td runs/21_compare-*/ | head -1)notebook.ipynb"

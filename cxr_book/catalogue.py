@@ -38,8 +38,13 @@ class Trained:
     def load(self) -> nn.Module:
         "The method with its weights, on the CPU, in evaluation mode."
         method = self.build()
-        load_strict(method, self.folder / "weights.safetensors")
+        load_strict(method, self.weights)
         return method.eval()
+
+    @property
+    def weights(self) -> Path:
+        "The file that holds them."
+        return self.folder / "weights.safetensors"
 
     @property
     def title(self) -> str:

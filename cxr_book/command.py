@@ -132,8 +132,8 @@ def runs(
 @app.command()
 def predict(
     images: list[Path] = typer.Argument(help="PNG, JPEG or DICOM files, and folders of them.", show_default=False),
-    run: Path = typer.Option(..., help="Run folder of a chapter, e.g. runs/10_baselines-1a2b3c4d.", show_default=False),
-    method: str = typer.Option("", help="Which of its methods.", show_default="the chapter's main one"),
+    run: Path = typer.Option(..., help="Run folder of a chapter, e.g. runs/10_baselines-1a2b3c4d, or an exported .onnx file.", show_default=False),
+    method: str = typer.Option("", help="Which method of a run folder.", show_default="the chapter's main one"),
     out: Path = typer.Option(Path("predictions"), help="Folder for table, JSON lines, pictures and pages."),
     finding: list[str] = typer.Option([], help="Show heat and boxes of these, or of 'all'. Repeat it.", show_default="those above their threshold"),
     png: bool = typer.Option(False, "--png", help="Write a picture of each finding shown."),
@@ -155,12 +155,12 @@ def predict(
     cxr-book predict FOLDER --run RUN --method weighted --png --out answers
     """
     with _errors():
-        from cxr_book.catalogue import open_trained
+        from cxr_book.export import open_method
         from cxr_book.predict import predict_files, show_summary
 
         how = dict(device=device, batch_size=batch_size, workers=workers, max_side=max_side, max_megapixels=max_megapixels)
         how |= dict(findings=finding, png=png, html=html, skip_unreadable=skip_unreadable, again=again)
-        summary = predict_files(images, open_trained(run, method), out, **how)
+        summary = predict_files(images, open_method(run, method), out, **how)
         show_summary(summary)
     raise typer.Exit(summary.code)
 

@@ -180,7 +180,7 @@ def stamp_of(
     "Eight characters that change with weights, settings, data and rows."
     parts = []
     for trained, rows in asked:
-        with open(trained.folder / "weights.safetensors", "rb") as f:
+        with open(trained.weights, "rb") as f:
             weights = hashlib.file_digest(f, "sha256").hexdigest()
         parts.append([trained.name, weights, trained.settings.but(data_root="").digest, np.asarray(rows).tolist()])
     return digest([parts, data.fingerprint])

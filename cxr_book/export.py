@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WARNING', 'Numbers', 'ExportSettings', 'linked_cells', 'largest_piece', 'attention_box', 'Plain', 'written_down',
-           'Card', 'card_of', 'as_notes', 'from_notes', 'library', 'to_onnx', 'OnnxMethod', 'load_onnx', 'disagreement',
-           'export_onnx', 'latencies']
+           'Card', 'card_of', 'as_notes', 'from_notes', 'library', 'to_onnx', 'OnnxMethod', 'load_onnx', 'open_method',
+           'disagreement', 'export_onnx', 'latencies']
 
 # %% ../nbs/22a_export.ipynb #2dcfa899
 import contextlib
@@ -27,7 +27,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from . import crf, guided, regions
-from .catalogue import Trained
+from .catalogue import Trained, open_trained
 from .core import FINDINGS, CxrError, Settings, atomic, code_version
 from .correlation import PixelCorrelation
 from .layers import Output
@@ -307,6 +307,12 @@ def run(self: OnnxMethod) -> Path:
 
 
 @patch(as_prop=True)
+def weights(self: OnnxMethod) -> Path:
+    "The file that holds them: the same."
+    return self.path
+
+
+@patch(as_prop=True)
 def title(self: OnnxMethod) -> str:
     return self.card.title
 
@@ -349,6 +355,19 @@ def load_onnx(
 ) -> OnnxMethod:
     "An exported method, ready to be called; it knows its findings, its rule and its thresholds."
     return OnnxMethod(path, threads)
+
+
+def open_method(
+    run: Path | str,  # a chapter's run folder, or an exported file
+    name: str = "",  # of a method of the folder; empty: the one that the chapter is about
+) -> Trained | OnnxMethod:
+    "A trained method, from wherever it is kept."
+    if Path(run).suffix != ".onnx":
+        return open_trained(run, name)
+    found = load_onnx(run)
+    if name not in ("", found.name):
+        raise CxrError(f"method = {name!r}: {run} holds {found.name!r} and no other")
+    return found
 
 # %% ../nbs/22a_export.ipynb #ba441874
 @torch.no_grad()

@@ -51,7 +51,7 @@ class Predictor:
 
     def __init__(
         self,
-        trained: Trained,  # of `catalogue.open_trained`
+        trained: Trained,  # of `catalogue.open_trained`, or a method of `export.load_onnx`
         device: str = "auto",
         batch_size: int = 16,
     ):
@@ -280,7 +280,7 @@ def _alone(out: Path) -> Iterator[None]:
 
 def _claim(out: Path, trained: Trained, options: Options) -> None:
     "Write what the folder will hold, or refuse one that holds something else."
-    weights = hashlib.sha256((trained.folder / "weights.safetensors").read_bytes()).hexdigest()[:16]
+    weights = hashlib.sha256(trained.weights.read_bytes()).hexdigest()[:16]
     shown = dict(findings=list(options.findings), png=options.png, html=options.html, max_side=options.max_side)
     config = dict(version=1, chapter=trained.chapter, method=trained.name, weights=weights) | shown
     path = out / "predict.json"
@@ -334,7 +334,7 @@ class _Errors:
 # %% ../nbs/22_predict.ipynb #ab907382
 def predict_files(
     paths: Iterable[Path | str],  # PNG, JPEG or DICOM files, and folders of them
-    trained: Trained,  # of `catalogue.open_trained`
+    trained: Trained,  # of `catalogue.open_trained`, or a method of `export.load_onnx`
     out: Path | str = "predictions",  # the folder to write into; an unfinished one is gone on with
     findings: Sequence[str] = (),  # which get heat and boxes; none: those that are there; "all"
     png: bool = False,  # write a picture of each finding shown

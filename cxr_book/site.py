@@ -30,7 +30,7 @@ from .gallery import write_gallery
 from .pages import links, public, run_line, write_pages
 
 # %% ../nbs/30_site.ipynb #521cbee2
-ADVICE = "call `make edition`"
+ADVICE = "execute it again: cxr-book run NAME --publish published, or everything: make edition"
 
 
 def with_outputs(

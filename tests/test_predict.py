@@ -18,11 +18,14 @@ import pytest
 import torch
 from pydicom.pixels import set_pixel_data
 from torch import nn
+from typer.testing import CliRunner
 
 from cxr_book.baselines import BaselineSettings, methods
 from cxr_book.catalogue import open_trained
+from cxr_book.command import app
 from cxr_book.core import FINDINGS, CxrError
 from cxr_book.evaluation import heat_of
+from cxr_book.export import export_onnx, open_method
 from cxr_book.layers import Output, save_weights
 from cxr_book.loader import Augment
 from cxr_book.localization import PAPER_RULES, BoxRule, detect
@@ -67,10 +70,14 @@ class Stand:
     def input_augment(self):
         return self.settings.still
 
+    @property
+    def weights(self):
+        return self.folder / "weights.safetensors"
+
     def load(self):
         method = Bright(sign=self.sign)
-        if not (self.folder / "weights.safetensors").exists():
-            save_weights(method, self.folder / "weights.safetensors")
+        if not self.weights.exists():
+            save_weights(method, self.weights)
         return method.eval()
 
 
@@ -144,6 +151,21 @@ def test_a_run_gives_its_thresholds(study, tmp_path):
         t = trained.operating[k]
         assert told[f]["threshold"] == (None if np.isnan(t) else pytest.approx(t))
         assert told[f]["present"] == (None if np.isnan(t) else told[f]["probability"] >= t)
+
+
+def test_an_exported_method_predicts_the_same(study, tmp_path):
+    study, test = study
+    file = export_onnx(open_trained(study.run.folder), tmp_path / "dcnn.onnx")
+    images = [str(study.radiographs.paths[r]) for r in test.rows[:4]]
+    for run, out in ((study.run.folder, "a"), (file, "b")):
+        done = CliRunner().invoke(app, ["predict", *images, "--run", str(run), "--out", str(tmp_path / out), "--no-html"])
+        assert done.exit_code == 0, done.output
+    for one, two in zip(lines(tmp_path / "a"), lines(tmp_path / "b"), strict=True):
+        for a, b in zip(one["findings"], two["findings"], strict=True):
+            assert a["probability"] == pytest.approx(b["probability"], abs=1e-4) and a["threshold"] == b["threshold"]
+            assert a.get("boxes") == b.get("boxes")
+    with pytest.raises(CxrError, match="holds 'dcnn' and no other"):
+        open_method(file, "chexnet")
 
 
 @pytest.mark.parametrize("rule", [*PAPER_RULES, "union"])
