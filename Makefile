@@ -42,6 +42,7 @@ edition: install  ## the published edition: all chapters with rivals, ablations 
 	@$(BIN)/python -m cxr_book.phantom data/shortcut --preset quick --shortcut-tube 0.9 --shortcut-marker 0.9
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cxr-book run configs/stress.yaml --out runs/stress --workers $(JOBS)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cxr-book run configs/edition.yaml --workers $(JOBS) --publish published
+	@$(BIN)/python -m cxr_book.site readme
 
 site: install  ## render the site from published/ with Quarto, where it is installed
 	@if command -v quarto >/dev/null; then \

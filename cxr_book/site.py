@@ -27,7 +27,7 @@ from .essence import essence, fingerprint, parts
 from .essence import tags_of as _tags
 from .essence import text_of as _text
 from .gallery import write_gallery
-from .pages import links, public, run_line, write_pages
+from .pages import links, public, run_line, with_results, write_pages
 
 # %% ../nbs/30_site.ipynb #521cbee2
 ADVICE = "execute it again: cxr-book run NAME --publish published, or everything: make edition"
@@ -382,6 +382,15 @@ def _pages_command():
         raise typer.Exit(1)
     write_pages(root, published(root))
     print(write_gallery(root, published(root)))
+
+
+@app.command("readme")
+@plain_errors()
+def _readme_command():
+    "Write tables and answers of the published comparison into the README."
+    file = project() / "README.md"
+    text = with_results(file.read_text(), read_json(published(file.parent) / "comparison.json"))
+    _write(file, text.encode())
 
 
 @app.command("crawl")

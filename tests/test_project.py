@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cxr_book.pages import with_results
+
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -285,21 +287,11 @@ def test_nothing_large_and_nothing_executed_is_committed():
     assert not [n for n, _ in files() if n.startswith(("runs/", "data/", "cache/", "_book/"))]
 
 
-def figures_of(value):
-    "Every number in a results file, as the README writes it."
-    if isinstance(value, dict | list):
-        return set().union(*map(figures_of, value.values() if isinstance(value, dict) else value))
-    return {f"{value:.3f}"} if isinstance(value, float) else set()
-
-
-def test_figures_in_the_readme_are_in_a_results_file():
-    "Every figure of the README's results stands in a results file, of `published/` or of the package."
-    results = (ROOT / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
-    figures = set(re.findall(r"\d\.\d{3}", results))
-    assert figures, "the README's results hold no figure"
-    files = [*(ROOT / "published").glob("*.json"), *(ROOT / "cxr_book" / "reported").glob("*.json")]
-    shown = set().union(*(figures_of(json.loads(f.read_text())) for f in files if f.stem != "explorer"))
-    assert figures <= shown, figures - shown
+def test_results_in_the_readme_are_those_of_the_edition():
+    "Tables and sentences are the ones that the published comparison gives."
+    text = (ROOT / "README.md").read_text()
+    comparison = json.loads((ROOT / "published" / "comparison.json").read_text())
+    assert with_results(text, comparison) == text, "call: python -m cxr_book.site readme"
 
 
 def test_the_picture_in_the_readme_is_published():
