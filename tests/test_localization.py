@@ -14,12 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from cxr_book.classification import auroc, operate, operating_points
-from cxr_book.classification import patient_weights, summarise
+from cxr_book.classification import auroc, operate, operating_points, patient_weights, summarise
 from cxr_book.controls import grad_cam, mean_boxes, score_controls
 from cxr_book.core import FINDINGS, CxrError
-from cxr_book.evaluation import Predictions, evaluate, heat_of, pairs_of
-from cxr_book.evaluation import thresholds_for
+from cxr_book.evaluation import Predictions, evaluate, heat_of, pairs_of, thresholds_for
 from cxr_book.localization import PAPER_RULES, BoxRule, box_patches, cdice, cover, detect, energy, iobb, iou, otsu
 from cxr_book.localization import pointing, region_overlaps, score, to_heat, to_image_frame
 
