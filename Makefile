@@ -23,7 +23,7 @@ $(READY): pyproject.toml
 	[ -n "$$python" ] || { echo "No Python 3.11 or 3.12 with venv found; install one, or call: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }; \
 	[ -x $(BIN)/python ] || "$$python" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'  # what is imported is compiled then
 	$(BIN)/python -c 'from cxr_book.core import check_torchvision; check_torchvision()'
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 >/dev/null
 	@touch $@

