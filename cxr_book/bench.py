@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'PROMISES', 'app', 'BenchSettings', 'measure', 'Promise', 'promises', 'figure_text', 'rates_table',
            'variants_table', 'bench']
 
-# %% ../nbs/23_performance.ipynb #62c515e2
+# %% ../nbs/23_performance.ipynb #c60811d6
 import dataclasses
 import tempfile
 import time
@@ -19,15 +19,16 @@ import pandas as pd
 import typer
 from pydantic import Field
 
-from .alternatives import race_augmentation, race_feeding, race_maps, write_pngs
+from .alternatives import MOVES, race_augmentation, race_maps
 from cxr_book.core import (
     CxrError, Settings, did_you_mean, pick_device, plain_errors, read_json, refuse_other, stamp, write_json,
 )  # fmt: skip
 from .data import Radiographs, read
+from .feeding import race_feeding, write_pngs
 from .images import build_cache
 from .loader import Loader
 from cxr_book.workload import (
-    MOVES, VARIANTS, Resident, forms_over_sizes, grown, judge_part, race_starts, race_step, race_variants,
+    VARIANTS, Resident, forms_over_sizes, grown, judge_part, race_starts, race_step, race_variants,
 )  # fmt: skip
 
 # %% ../nbs/23_performance.ipynb #95bc01df
@@ -98,7 +99,7 @@ PARTS: dict[str, Callable[[BenchSettings, Radiographs], dict[str, Any]]] = {
     "starts": lambda s, files: race_starts(s.rounds),
 }
 
-# %% ../nbs/23_performance.ipynb #cb2ec79a
+# %% ../nbs/23_performance.ipynb #f36f82da
 def _files(settings: BenchSettings, folder: Path) -> Radiographs:
     "The PNGs to read: those of the data set, or drawn ones."
     root = settings.data_root or write_pngs(folder / "pngs", settings.images)
@@ -113,25 +114,26 @@ def measure(
     settings: BenchSettings,
     file: Path,  # of the results; what it holds of the same settings is kept
     parts: tuple[str, ...] = (),  # none: all
-    again: bool = False,  # measure also what is there
+    again: bool = False,  # measure also what is there; without parts, also by other settings
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     "Name and result of each part as it is done; the file is complete up to there at any time."
     for part in parts:
         if part not in PARTS:
             raise CxrError(f"part = {part!r}: {did_you_mean(part, PARTS)}")
-    before = read_json(file) if file.exists() and not again else {}
+    about = dict(settings=settings.model_dump(mode="json"))
+    before = read_json(file) if file.exists() and (parts or not again) else {}
     if before:
-        way_out = "choose another file, or measure again"
-        refuse_other(f"{file}: holds figures", before["settings"], settings.model_dump(mode="json"), way_out)
+        refuse_other(f"{file}: holds figures", before["settings"], about["settings"], "choose another file, or measure all again")
     done = before.get("parts", {})
     with tempfile.TemporaryDirectory() as folder:
         files = _files(settings, Path(folder))
+        about["stamp"] = stamp(about["settings"], files.fingerprint, pick_device(settings.device))
         for part in parts or PARTS:
-            if part not in done:
+            if again or part not in done:
+                print(f"measuring {part}", flush=True)
                 start = time.monotonic()
                 result = PARTS[part](settings, files)
                 done[part] = result | dict(minutes=(time.monotonic() - start) / 60)
-                about = dict(settings=settings.model_dump(mode="json"), stamp=stamp(settings.model_dump(mode="json"), files.fingerprint, pick_device(settings.device)))
                 write_json(file, about | dict(parts={name: done[name] for name in PARTS if name in done}))
             yield part, done[part]
 

@@ -11,7 +11,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from typer.testing import CliRunner
 
-from cxr_book import alternatives, bench
+from cxr_book import alternatives, bench, feeding
 from cxr_book.core import CxrError
 from cxr_book.data import read
 
@@ -51,7 +51,7 @@ def test_the_command_goes_on_and_refuses_what_differs(tmp_path):
 
 
 def test_a_data_set_without_png_is_refused(tmp_path):
-    folder = alternatives.write_pngs(tmp_path / "set", 1, side=64)
+    folder = feeding.write_pngs(tmp_path / "set", 1, side=64)
     (image,) = (folder / "images").iterdir()
     image.rename(image.with_suffix(".jpg"))
     code, text = call("feeding", "--preset", "smoke", "--data-root", folder, "--out", tmp_path / "x.json")
@@ -73,10 +73,10 @@ def test_a_missing_library_is_named_with_what_to_install(part, library, package,
 
 
 def test_what_differs_is_not_timed(monkeypatch, tmp_path):
-    files = read(alternatives.write_pngs(tmp_path, 4, side=64))
-    monkeypatch.setattr(alternatives, "to_unit", lambda grey: grey)
+    files = read(feeding.write_pngs(tmp_path, 4, side=64))
+    monkeypatch.setattr(feeding, "to_unit", lambda grey: grey)
     with pytest.raises(CxrError, match="torchxrayvision: the results differ"):
-        alternatives.race_feeding(files, 32, 2, 1, workers=1, n=4)
+        feeding.race_feeding(files, 32, 2, 1, workers=1, n=4)
     monkeypatch.setattr(alternatives, "warp", lambda x, A, size: x)
     with pytest.raises(CxrError, match="Kornia: the results differ"):
         alternatives.race_augmentation(2, 32, 1)
