@@ -337,6 +337,14 @@ def _check_command():
     raise typer.Exit(bool(found))
 
 
+def _name_of(executed: Path) -> str:
+    "Name of the notebook: as its run says, else of its folder or file."
+    if executed.name != "notebook.ipynb":
+        return executed.stem
+    run = executed.with_name("run.json")
+    return read_json(run)["notebook"] if run.exists() else executed.parent.name
+
+
 @app.command("publish")
 def _publish_command(
     executed: Path = typer.Argument(..., help="a folder of runs (NAME/notebook.ipynb), or one executed NAME.ipynb"),
@@ -347,7 +355,7 @@ def _publish_command(
     refused = [] if files else [f"{executed}: no NAME/notebook.ipynb in it; call `make book` first"]
     for f in files:
         try:
-            print(publish(f, f.parent.name if f.name == "notebook.ipynb" else f.stem, None, to))
+            print(publish(f, _name_of(f), None, to))
         except CxrError as e:
             refused.append(str(e))
     print(*refused, sep="\n", end="\n" * bool(refused), file=sys.stderr)

@@ -243,6 +243,13 @@ def test_a_run_older_than_its_code_is_not_published(book):
     )
 
 
+def test_a_run_of_a_batch_says_itself_which_notebook_it_is(book):
+    (book / "runs" / "01_ink").rename(book / "runs" / "01_ink-0a1b2c3d")
+    (book / "runs" / "01_ink-0a1b2c3d" / "run.json").write_text('{"notebook": "01_ink"}')
+    done = command(book, "publish", "runs")
+    assert done.returncode == 0 and done.stdout.strip().endswith("01_ink.ipynb"), done.stderr
+
+
 def test_twins_can_lie_elsewhere(book):
     assert command(book, "publish", "runs", "--to", "preview").returncode == 0
     assert filter_page(book).returncode and filter_page(book, CXR_BOOK_PUBLISHED="preview").returncode == 0
