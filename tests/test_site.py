@@ -14,6 +14,7 @@ import yaml
 from cxr_book import pages, site
 from cxr_book.core import CxrError
 from cxr_book.crawl import Page, crawl
+from cxr_book.essence import parts
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -245,7 +246,8 @@ def test_a_run_older_than_its_code_is_not_published(book):
 
 def test_a_run_of_a_batch_says_itself_which_notebook_it_is(book):
     (book / "runs" / "01_ink").rename(book / "runs" / "01_ink-0a1b2c3d")
-    (book / "runs" / "01_ink-0a1b2c3d" / "run.json").write_text('{"notebook": "01_ink"}')
+    made = parts(book / "nbs" / "01_ink.ipynb", book / "cxr_book")
+    (book / "runs" / "01_ink-0a1b2c3d" / "run.json").write_text(json.dumps(dict(notebook="01_ink", parts=made)))
     done = command(book, "publish", "runs")
     assert done.returncode == 0 and done.stdout.strip().endswith("01_ink.ipynb"), done.stderr
 
