@@ -31,7 +31,7 @@ from cxr_book.workload import (
     VARIANTS, Resident, forms_over_sizes, grown, judge_part, race_starts, race_step, race_variants,
 )  # fmt: skip
 
-# %% ../nbs/23_performance.ipynb #95bc01df
+# %% ../nbs/23_performance.ipynb #756b660b
 class BenchSettings(Settings):
     "What is measured, and at which size."
 
@@ -51,7 +51,7 @@ class BenchSettings(Settings):
     kinds: tuple[str, ...] = VARIANTS  # of the training step
     pcm: tuple[int, ...] = (16, 24, 32, 48, 64)  # sides of the maps
     crf: tuple[int, ...] = (16, 24, 32, 48)
-    regions: tuple[int, ...] = (16, 24, 32, 48)
+    regions: tuple[int, ...] = (16, 32, 48)
     judged: int = Field(25_596, ge=20)  # images of the test part
     side: int = Field(64, ge=8)  # of their maps
     n_boot: int = Field(1000, ge=1)
