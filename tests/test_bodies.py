@@ -255,9 +255,9 @@ def test_the_order_in_a_pre_activation_bottleneck_is_zhangs():
 @pytest.mark.parametrize("name", ["small-resnet", "small-densenet"])
 def test_a_small_body_learns_from_labels_alone_what_and_where(name):
     torch.manual_seed(0)
-    y = torch.rand(64, 2) < 0.5
-    place = torch.randint(1, 6, (64, 2, 2))  # row, column of a patch, in cells of 16
-    x = torch.rand(64, 1, 128, 128) * 0.3
+    y = torch.rand(128, 2) < 0.5
+    place = torch.randint(1, 6, (128, 2, 2))  # row, column of a patch, in cells of 16
+    x = torch.rand(128, 1, 128, 128) * 0.3
     for i, k in y.nonzero().tolist():  # class 0 is a grey square, class 1 a striped one
         row, col = (place[i, k] * 16).tolist()
         x[i, 0, row : row + 20 : (4 if k else 1), col : col + 20] += 0.7 if k else 0.5
@@ -265,7 +265,7 @@ def test_a_small_body_learns_from_labels_alone_what_and_where(name):
     head = L.Classifier(body.channels[-1], n_classes=2)
     opt = torch.optim.Adam([*body.parameters(), *head.parameters()], lr=3e-3)
     for _ in range(15):
-        for rows in torch.randperm(64).split(32):
+        for rows in torch.randperm(128).split(32):
             opt.zero_grad()
             L.bce(head(body(x[rows])[-1]).logits, y[rows]).backward()
             opt.step()
@@ -275,4 +275,4 @@ def test_a_small_body_learns_from_labels_alone_what_and_where(name):
     found = [divmod(out.maps[i, k].argmax().item(), 8) for i, k in y.nonzero().tolist()]
     true = [place[i, k].tolist() for i, k in y.nonzero().tolist()]
     hits = [-1 <= r - tr <= 2 and -1 <= c - tc <= 2 for (r, c), (tr, tc) in zip(found, true)]
-    assert np.mean(hits) > 0.8  # a place picked at random hits one time in four
+    assert np.mean(hits) > 0.9
