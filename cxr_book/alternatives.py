@@ -58,7 +58,7 @@ def grad_cam_maps(
 
     return single, batched
 
-# %% ../nbs/22c_alternatives.ipynb #d5f6a4c6
+# %% ../nbs/22c_alternatives.ipynb #8d754904
 def race_maps(
     body: str = "densenet121",  # a key of `bodies.BODIES`
     size: int = 224,
@@ -69,15 +69,13 @@ def race_maps(
     torch.manual_seed(0)
     method, x = PlainClassifier(body).to(device).eval(), torch.rand(1, 1, size, size, device=device)
     single, batched = grad_cam_maps(method)
-    ours = our_maps(method, x)[0].clone()
-    equal = same("class by class", ours, single(x), 1e-3) | same("14 copies", ours, batched(x), 1e-3)
+    maps = our_maps(method, x)[0].clone()
+    equal = same("class by class", maps, single(x), 1e-3) | same("14 copies", maps, batched(x), 1e-3)
     jobs = {"grad-cam, class by class": single, "grad-cam, 14 copies": batched, "from the forward pass": lambda x: our_maps(method, x)}
     rates = in_turns({name: lambda job=job: len(job(x)[:1]) for name, job in jobs.items()}, rounds, 0.1, device)
     about = dict(body=body, size=size, classes=len(FINDINGS), rounds=rounds, equal=equal)
-    found = entry(rates, {}, **about)
-    for other in [*jobs][:2]:
-        found["ratios"] |= entry(rates, {"from the forward pass": other})["ratios"]
-    return found
+    *others, ours = jobs
+    return entry(rates, [(ours, other) for other in others], **about)
 
 # %% ../nbs/22c_alternatives.ipynb #0fd84025
 MOVES = Augment(rotate=15.0, shift=0.05, zoom=0.1, flip=0.5)
@@ -124,7 +122,7 @@ def _same_moves(x: torch.Tensor) -> dict[str, float]:
     ours = warp(x, torch.stack([from_torchvision(how, size) for how in drawn]), size)
     return found | same("torchvision", ours, theirs, 2e-3)
 
-# %% ../nbs/22c_alternatives.ipynb #78ac1c69
+# %% ../nbs/22c_alternatives.ipynb #064ff22f
 def race_augmentation(
     batch_size: int = 32,
     size: int = 256,
@@ -143,7 +141,5 @@ def race_augmentation(
     with torch.inference_mode():
         rates = in_turns({name: lambda job=job: len(job()) for name, job in jobs.items()}, rounds, 0.2, device)
     about = dict(batch_size=batch_size, size=size, augment=MOVES.model_dump(mode="json"), rounds=rounds, equal=equal)
-    found = entry(rates, {}, **about)
-    for other in ("torchvision v2", "Kornia"):
-        found["ratios"] |= entry(rates, {"one composed warp": other})["ratios"]
-    return found
+    *others, ours = jobs
+    return entry(rates, [(ours, other) for other in others], **about)

@@ -61,7 +61,7 @@ class Page(HTMLParser):
         cited = "citation" in self._open and self._open[-1] == "strong" and data.endswith("?")  # citeproc's way
         self.unknown += [data] if cited or "quarto-unresolved-ref" in self._open else []
 
-
+# %% ../nbs/28_crawl.ipynb #03d8d0be
 def urls(
     css: str,  # a style sheet
 ) -> list[str]:

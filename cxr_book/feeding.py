@@ -6,7 +6,7 @@
 __all__ = ['SPAWN', 'STRONG', 'same', 'entry', 'write_pngs', 'PlainImages', 'plain_loader', 'xrv_images', 'to_unit',
            'race_feeding', 'show_rates']
 
-# %% ../nbs/22b_feeding.ipynb #9f8081f9
+# %% ../nbs/22b_feeding.ipynb #b4fb52bd
 import contextlib
 import io
 import itertools
@@ -14,7 +14,7 @@ import multiprocessing
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Iterable, Mapping
 
 import cv2
 import numpy as np
@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from .core import CxrError, n_cpus
-from .data import Radiographs, read
+from .data import Radiographs
 from .loader import Augment, Loader, build_cache
 from .measure import in_turns, spread
 from .optional import library
 
-# %% ../nbs/22b_feeding.ipynb #17d0b0c4
+# %% ../nbs/22b_feeding.ipynb #43a19df5
 def same(what: str, ours, theirs, most: float) -> dict[str, float]:
     "The largest difference of two results, by name; one above `most` is an error."
     a, b = (np.asarray(torch.as_tensor(x).detach().cpu(), np.float64) for x in (ours, theirs))
@@ -43,12 +43,12 @@ def same(what: str, ours, theirs, most: float) -> dict[str, float]:
 
 def entry(
     rates: Mapping[str, np.ndarray],  # things per second of each job in each round
-    against: Mapping[str, str],  # ratios to report: job -> the job that it is divided by
+    against: Iterable[tuple[str, str]],  # ratios to report: a job, and the job that it is divided by
     unit: str = "images per second",
     **about: Any,  # settings, and what was found equal
 ) -> dict[str, Any]:
     "Rates and ratios of a race with their spread; JSON-able."
-    ratios = {f"{a} / {b}": spread(rates[a] / rates[b]) for a, b in against.items()}
+    ratios = {f"{a} / {b}": spread(rates[a] / rates[b]) for a, b in against}
     return dict(about, unit=unit, rates={name: spread(r) for name, r in rates.items()}, ratios=ratios)
 
 # %% ../nbs/22b_feeding.ipynb #f3ba0471
@@ -140,7 +140,7 @@ def _same_feeding(plain: DataLoader, xrv: DataLoader, still: Loader, moving: Loa
     slow = F.grid_sample(x[: len(grid)].double(), grid, align_corners=False)
     return found | same("augmented, affine_grid", batch.x, slow, 2e-3)
 
-# %% ../nbs/22b_feeding.ipynb #60bb784d
+# %% ../nbs/22b_feeding.ipynb #66bb8a8b
 def race_feeding(
     radiographs: Radiographs,  # its present images, PNGs of one folder, are read
     size: int = 256,
@@ -177,12 +177,10 @@ def race_feeding(
             "imread + resize": lambda: sum(pool.map(_bare, shares, [size] * workers)),
             "building the cache": lambda: len(build()),
         }, rounds)  # fmt: skip
-    plain = "plain DataLoader"
-    found = entry(rates, {"first epoch": plain, "later epochs": plain, "later epochs, augmented": plain,
-                          "building the cache": "imread + resize"},
-                  size=size, batch_size=batch_size, images=n, workers=workers, rounds=rounds, equal=equal)  # fmt: skip
-    found["ratios"] |= entry(rates, {k: "torchxrayvision" for k in ("first epoch", "later epochs")})["ratios"]
-    return found
+    epochs = itertools.product(("first epoch", "later epochs"), ("plain DataLoader", "torchxrayvision"))
+    more = ("later epochs, augmented", "plain DataLoader"), ("building the cache", "imread + resize")
+    about = dict(size=size, batch_size=batch_size, images=n, workers=workers, rounds=rounds, equal=equal)
+    return entry(rates, [*epochs, *more], **about)
 
 # %% ../nbs/22b_feeding.ipynb #6de63032
 def show_rates(

@@ -391,7 +391,7 @@ def _pages_command():
     write_pages(root, published(root))
     print(write_gallery(root, published(root)))
 
-
+# %% ../nbs/30_site.ipynb #c4f65261
 @app.command("readme")
 @plain_errors()
 def _readme_command():

@@ -7,7 +7,7 @@ __all__ = ['VARIANTS', 'RULE', 'CHUNK', 'STARTS', 'Resident', 'training_rate', '
            'costs_over', 'forms_over_sizes', 'grown', 'smooth_maps', 'judge', 'judge_plain', 'judge_part',
            'loads_torch', 'race_starts']
 
-# %% ../nbs/22d_workload.ipynb #aff5fad1
+# %% ../nbs/22d_workload.ipynb #222797de
 import contextlib
 import copy
 import io
@@ -26,7 +26,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .alternatives import MOVES
 from .classification import auroc_table, summarise
 from .core import FINDINGS, Run, Settings, derive, n_cpus
 from .correlation import correlation_costs, growth
@@ -60,7 +59,7 @@ class Resident:
     def epoch(self, epoch: int, start: int = 0, every: int = 1) -> Iterator[Batch]:
         yield from [self.batch] * len(range(start, len(self), every))
 
-# %% ../nbs/22d_workload.ipynb #d1916259
+# %% ../nbs/22d_workload.ipynb #93661d00
 def training_rate(
     method: torch.nn.Module,  # keeps what it learns
     train: Loader | Resident,
@@ -73,23 +72,17 @@ def training_rate(
         with contextlib.redirect_stdout(io.StringIO()):  # no line for the epoch
             return learner.fit()[-1]["images_per_second"]
 
-
+# %% ../nbs/22d_workload.ipynb #4440fc79
 def race_step(
-    cache: Any,  # of `build_cache`, or what has its images and their `position`
+    fed: Loader,  # of a training part, with augmentation
     body: str = "small-densenet",
-    size: int = 128,
-    batch_size: int = 32,
-    steps: int = 16,  # an epoch
     rounds: int = 5,
-    device: str = "auto",
     precision: str = "auto",
 ) -> dict[str, Any]:
-    "Training fed by our loader, with augmentation, beside the same fed by a batch that lies ready, and the bare passes."
-    fabric = make_fabric(device, precision)
+    "Training fed by a loader, beside the same fed by a batch that lies ready, and the bare passes."
+    fabric = make_fabric(fed.device.type, precision)
     torch.manual_seed(0)
     method = PlainClassifier(body).to(fabric.device)
-    y, rows = torch.rand(steps * batch_size, len(FINDINGS)).lt(0.1).numpy(), np.arange(steps * batch_size)
-    fed = Loader(cache, y, rows, batch_size, MOVES, size, fabric.device, shuffle=True, drop_last=True)
     still = Resident(fed)
 
     def passes() -> int:
@@ -97,7 +90,7 @@ def race_step(
             loss = method.loss(still.batch, "train")["loss"]
         loss.backward()
         method.zero_grad()
-        return batch_size
+        return fed.batch_size
 
     rates: dict[str, list[float]] = {"forward and backward": [], "step, batch at hand": [], "step, our loader": []}
     for _ in range(rounds + 1):
@@ -105,11 +98,11 @@ def race_step(
         rates["step, batch at hand"].append(training_rate(method, still, fabric))
         rates["step, our loader"].append(training_rate(method, fed, fabric))
     counted = {k: np.array(v[1:]) for k, v in rates.items()}  # the first round warms up
-    against = {"step, our loader": "step, batch at hand", "step, batch at hand": "forward and backward"}
-    about = dict(body=body, size=size, batch_size=batch_size, steps=steps, rounds=rounds, device=str(fabric.device))
-    return entry(counted, against, **about, augment=MOVES.model_dump(mode="json"))
+    against = ("step, our loader", "step, batch at hand"), ("step, batch at hand", "forward and backward")
+    about = dict(body=body, size=fed.size, batch_size=fed.batch_size, steps=len(fed), rounds=rounds, device=str(fabric.device))
+    return entry(counted, against, **about, augment=fed.augment.model_dump(mode="json"))
 
-# %% ../nbs/22d_workload.ipynb #25ffee6c
+# %% ../nbs/22d_workload.ipynb #499b9ba5
 VARIANTS = ("as the book does", "channels first", "fused Adam", "bf16", "torch.compile")
 
 
@@ -135,7 +128,7 @@ def step_variant(
 
     return net, step
 
-
+# %% ../nbs/22d_workload.ipynb #006d8d25
 def race_variants(
     batch: Batch,
     body: str = "small-densenet",
@@ -153,9 +146,9 @@ def race_variants(
     apart = {kind: float((g - own).norm() / own.norm()) for kind, g in gradients.items()}
     rates = in_turns({kind: step for kind, (_, step) in made.items()}, rounds, 1.0, batch.x.device)
     about = dict(body=body, size=batch.x.shape[-1], batch_size=len(batch.x), rounds=rounds, gradient=apart)
-    return entry(rates, {kind: kinds[0] for kind in kinds[1:]}, **about)
+    return entry(rates, [(kind, kinds[0]) for kind in kinds[1:]], **about)
 
-# %% ../nbs/22d_workload.ipynb #c6c5a310
+# %% ../nbs/22d_workload.ipynb #72d5e98f
 def costs_over(
     sizes: Iterable[int],  # sides of the maps
     costs: Callable[..., pd.DataFrame],  # (size=..., **how) -> a row for each form
@@ -183,7 +176,7 @@ def forms_over_sizes(
 
 
 def grown(tables: dict[str, pd.DataFrame], **about: Any) -> dict[str, Any]:
-    "The tables with the exponents of bytes and seconds over pixels, and how often the last form's memory fits the others'."
+    "The tables with the exponents of bytes and seconds over pixels, and what the others cost in terms of the last form."
     powers, ratios = {}, {}
     for name, costs in tables.items():
         both = {what: growth(costs, what) for what in ("bytes", "seconds")}
@@ -254,7 +247,7 @@ def _same_judgement(maps: np.ndarray, boxes: np.ndarray) -> dict[str, float]:
         found |= same(name, values[name], asked[name], 1e-4)
     return found | dict(maps=int(sure.sum()), unsure=int((~sure).sum()))
 
-# %% ../nbs/22d_workload.ipynb #75983bb4
+# %% ../nbs/22d_workload.ipynb #c0a40c35
 def _judge_chunks(chunks: list[tuple[int, int]], side: int) -> tuple[list[dict[str, np.ndarray]], float]:
     "The metrics of some chunks (seed, images), and the seconds that judging them took."
     torch.set_num_threads(1)
@@ -266,7 +259,7 @@ def _judge_chunks(chunks: list[tuple[int, int]], side: int) -> tuple[list[dict[s
         spent += time.perf_counter() - start
     return values, spent
 
-
+# %% ../nbs/22d_workload.ipynb #532b453e
 def judge_part(
     n: int = 25_596,  # images of the official test part
     side: int = 64,  # of a map
@@ -295,7 +288,7 @@ def judge_part(
     rates = in_turns({k: lambda f=f: len(f(*some)[0]) // len(FINDINGS) for k, f in jobs.items()}, rounds, 0.2)
     about = dict(images=n, side=side, workers=workers, n_boot=n_boot, rounds=rounds, equal=_same_judgement(*some))
     about |= dict(seconds=seconds | dict(total=sum(seconds.values())), IoU=means["IoU"]["Mean"], AUROC=area["Mean"])
-    return entry(rates, {"judge": "plain loop"}, **about)
+    return entry(rates, [("judge", "plain loop")], **about)
 
 # %% ../nbs/22d_workload.ipynb #d99e5b63
 STARTS = {
