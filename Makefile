@@ -44,6 +44,9 @@ edition: install  ## the published edition: all chapters with rivals, ablations 
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cxr-book run configs/edition.yaml --workers $(JOBS) --publish published
 	@$(BIN)/python -m cxr_book.site readme
 
+gpu: install  ## the GPU edition: the papers' models and image sizes, on a CUDA GPU; it may be stopped and goes on
+	@$(BIN)/python -m cxr_book.gpu --take
+
 site: install  ## render the site from published/ with Quarto, where it is installed
 	@if command -v quarto >/dev/null; then \
 	  PATH="$(CURDIR)/$(BIN):$$PATH"; python -m cxr_book.site pages && quarto render && python -m cxr_book.site crawl _book; \
@@ -62,4 +65,4 @@ untwin: install  ## the edited script back into its notebook, keeping cell ids a
 	$(BIN)/jupytext --to ipynb --update --output $(NB) $(NB:.ipynb=.py) && rm $(NB:.ipynb=.py)
 	$(MAKE) --no-print-directory export
 
-.PHONY: help install book edition site test export twin untwin
+.PHONY: help install book edition gpu site test export twin untwin

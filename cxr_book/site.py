@@ -7,7 +7,6 @@ __all__ = ['ADVICE', 'MOST_BYTES', 'RESULTS', 'NBDEV', 'app', 'with_outputs', 'p
            'filtered', 'documented']
 
 # %% ../nbs/30_site.ipynb #421f09ec
-import ast
 import functools
 import importlib
 import json
@@ -23,7 +22,7 @@ import typer
 from .core import CxrError, atomic, digest, plain_errors, read_json, stamp, write_json
 from .crawl import crawl
 from .essence import code_cells as _code
-from .essence import essence, fingerprint, parts
+from .essence import essence, parts
 from .essence import tags_of as _tags
 from .essence import text_of as _text
 from .gallery import write_gallery

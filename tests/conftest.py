@@ -1,11 +1,20 @@
 "What several files of tests share, and the order in which they run."
 
+import os
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LONG = ("test_chapters", "test_export", "test_segmentation", "test_notebooks", "test_batch", "test_realism")
+
+
+def pytest_configure():
+    "Each process of pytest-xdist keeps to its own cores: what it starts makes no pools and no threads for those of others."
+    process, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if process and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))[int(process.removeprefix("gw")) :: count]
+        os.sched_setaffinity(0, cores or os.sched_getaffinity(0))
 
 
 def pytest_collection_modifyitems(items):

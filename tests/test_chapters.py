@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,14 +73,29 @@ def test_smoke(notebook, tmp_path, home, run_here):
     assert {f: f.stat().st_mtime_ns for f in weights} == weights  # nothing was trained again
 
 
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    "Real radiographs: the whole test part, with all boxes, and enough others for an epoch of a few dozen batches."
+    source, folder = ROOT.parent / "shared" / "chestxray14", tmp_path_factory.mktemp("real") / "chestxray14"
+    if not source.is_dir():
+        pytest.skip("no real radiographs beside this checkout")
+    (folder / "images").mkdir(parents=True)
+    for file in source.glob("*.*"):
+        shutil.copy(file, folder)
+    tested = set((source / "test_list.txt").read_text().split())
+    files = sorted((source / "images").iterdir(), key=lambda f: (f.name not in tested, f.name))
+    for file in files[: sum(f.name in tested for f in files) + 300]:
+        shutil.copy(file, folder / "images")
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda f: f.stem)
-def test_real_radiographs(notebook, tmp_path, home):
-    real = ROOT.parent / "shared" / "chestxray14"
-    if not real.is_dir():
-        pytest.skip("no real radiographs beside this checkout")
+def test_real_radiographs(notebook, tmp_path, home, real):
     asked = ["-p", "data_root", real]
     if "ablations = " in notebook.read_text():
         asked += ["-p", "ablations", "False"]  # `test_smoke` has them
+    if "rivals = " in notebook.read_text():
+        asked += ["-p", "rivals", "False"]
     metrics = execute(notebook, tmp_path / "run", home, *asked)
     assert all(result["n_pairs"] == 34 for result in metrics.values() if isinstance(result, dict))
