@@ -23,14 +23,21 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def run_here(monkeypatch, capfd):
+def run_here(monkeypatch, capfd, tmp_path):
     "Execute a notebook in this process, which has loaded the libraries; it has names and figures of its own."
     import matplotlib
     import matplotlib.pyplot as plt
+    import nbformat
     from nbdev.config import get_config
     from nbdev.test import test_nb
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
 
-    def run(notebook, home):
+    def run(notebook, home, **parameters):
+        if parameters:
+            given = {name: str(v) if isinstance(v, Path) else v for name, v in parameters.items()}
+            node, notebook = parameterize_notebook(load_notebook_node(str(notebook)), given), tmp_path / notebook.name
+            nbformat.write(node, notebook)
         monkeypatch.setenv("CXR_BOOK_HOME", str(home))
         monkeypatch.setenv("MPLBACKEND", "agg")
         monkeypatch.setenv("IN_TEST", "1")  # `test_nb` sets it for good, and then no command of nbdev does anything

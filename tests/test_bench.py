@@ -4,11 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
-from papermill.iorw import load_notebook_node
-from papermill.parameterize import parameterize_notebook
 from typer.testing import CliRunner
 
 from cxr_book import alternatives, bench, feeding
@@ -27,9 +24,7 @@ def call(*arguments):
 @pytest.mark.slow
 def test_the_page_runs_small(tmp_path, run_here):
     notebook = ROOT / "nbs" / "23_performance.ipynb"
-    given = parameterize_notebook(load_notebook_node(str(notebook)), dict(preset="smoke", out_dir=str(tmp_path / "run")))
-    nbformat.write(given, tmp_path / notebook.name)
-    run_here(tmp_path / notebook.name, tmp_path)
+    run_here(notebook, tmp_path, preset="smoke", out_dir=tmp_path / "run")
     found = json.loads((tmp_path / "run" / "performance.json").read_text())
     assert [*found["parts"]] == [*bench.PARTS] and found["stamp"]["libraries"]["torch"]
     assert len(bench.promises(found["parts"])) == len(bench.PROMISES)

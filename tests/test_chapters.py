@@ -8,18 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
-from papermill.iorw import load_notebook_node
-from papermill.parameterize import parameterize_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 CHAPTERS = sorted((ROOT / "nbs").glob("1?_*.ipynb"))
 
 
-def execute(notebook, folder, home, *parameters):
-    "Run a chapter; return its metrics."
+def execute(notebook, folder, home):
+    "Run a chapter as a user does; return its metrics."
     env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "CXR_BOOK_HOME": str(home)}
     command = [
         sys.executable,
@@ -31,7 +28,7 @@ def execute(notebook, folder, home, *parameters):
         "python3",
         "--no-progress-bar",
     ]
-    command += ["-p", "preset", "smoke", "-p", "out_dir", folder, *parameters]
+    command += ["-p", "preset", "smoke", "-p", "out_dir", folder]
     done = subprocess.run(
         [*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
     )
@@ -66,9 +63,7 @@ def test_smoke(notebook, tmp_path, home, run_here):
     assert list((folder / "figures").glob("*.png"))
     weights = {f: f.stat().st_mtime_ns for f in folder.rglob("weights.safetensors")}
     assert weights and all(f.stat().st_size for f in weights)
-    given = parameterize_notebook(load_notebook_node(str(notebook)), dict(preset="smoke", out_dir=str(folder)))
-    nbformat.write(given, tmp_path / notebook.name)
-    run_here(tmp_path / notebook.name, home)
+    run_here(notebook, home, preset="smoke", out_dir=folder)
     assert timeless(json.loads((folder / "metrics.json").read_text())) == timeless(first)
     assert {f: f.stat().st_mtime_ns for f in weights} == weights  # nothing was trained again
 
@@ -91,11 +86,9 @@ def real(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda f: f.stem)
-def test_real_radiographs(notebook, tmp_path, home, real):
-    asked = ["-p", "data_root", real]
-    if "ablations = " in notebook.read_text():
-        asked += ["-p", "ablations", "False"]  # `test_smoke` has them
-    if "rivals = " in notebook.read_text():
-        asked += ["-p", "rivals", "False"]
-    metrics = execute(notebook, tmp_path / "run", home, *asked)
+def test_real_radiographs(notebook, tmp_path, home, real, run_here):
+    known, folder = notebook.read_text(), tmp_path / "run"
+    less = {name: False for name in ("ablations", "rivals") if f'"{name} = ' in known}  # `test_smoke` has them
+    run_here(notebook, home, preset="smoke", data_root=real, out_dir=folder, **less)
+    metrics = json.loads((folder / "metrics.json").read_text())
     assert all(result["n_pairs"] == 34 for result in metrics.values() if isinstance(result, dict))

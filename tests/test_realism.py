@@ -1,9 +1,6 @@
 "What the page on realism says is measured, is of the drawings as they are now, and holds no image."
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -159,9 +156,5 @@ def test_the_difference_as_heat_scores_best():
 
 
 @pytest.mark.slow
-def test_the_page_in_small(tmp_path):
-    env = os.environ | {"CXR_BOOK_HOME": str(tmp_path), "MPLBACKEND": "agg"}
-    out = tmp_path / "out.ipynb"
-    command = [sys.executable, "-m", "papermill", ROOT / "nbs" / "09b_realism.ipynb", out, "-k", "python3", "-p", "preset", "smoke"]
-    done = subprocess.run([*map(str, command), "--no-progress-bar"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+def test_the_page_in_small(tmp_path, run_here):
+    run_here(ROOT / "nbs" / "09b_realism.ipynb", tmp_path, preset="smoke")
