@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCRATCH', 'PAPER', 'MODELS', 'FAMILIES', 'TRAIN', 'PARTS', 'app', 'GpuSettings', 'chapter_settings', 'drawn_settings',
-           'draw', 'table_4_models', 'race_models', 'Timed', 'short', 'training_rates', 'time_chapter', 'time_chapters',
-           'edition_batch', 'run_chapters', 'make_edition', 'models_table', 'training_table', 'means_table',
-           'edition_text', 'gpu', 'take_over']
+           'draw', 'table_4_models', 'race_models', 'Timed', 'short', 'untrained', 'training_rates', 'time_chapter',
+           'time_chapters', 'edition_batch', 'run_chapters', 'make_edition', 'models_table', 'training_table',
+           'means_table', 'edition_text', 'gpu', 'take_over']
 
-# %% ../nbs/31_gpu.ipynb #ff1ee9c3
+# %% ../nbs/31_gpu.ipynb #6395bd7a
 import contextlib
 import io
 import shutil
@@ -36,7 +36,7 @@ from .equivariant import methods as equivariant_methods
 from .learner import make_fabric
 from .limited import make_folds, train_limited
 from .loader import Loader
-from .measure import in_turns, spread
+from .measure import in_turns, peak_memory, spread
 from .organs import with_organs
 from .phantom import PhantomSettings, draw_dataset
 from .plan import Batch, Entry, defaults, find_notebooks
@@ -82,15 +82,16 @@ class GpuSettings(Settings):
         )
     }  # fmt: skip
 
-# %% ../nbs/31_gpu.ipynb #c9562f13
+# %% ../nbs/31_gpu.ipynb #69770fc6
 def chapter_settings(
     s: GpuSettings,
     name: str,  # of the notebook
     root: Path | str,  # of the data set
 ) -> StudySettings:
     "The settings of a chapter in this edition."
-    own = dict(mask_root=str(root)) if name == "14_weighting" else {}
-    return CHAPTERS[name].settings.from_preset(s.preset, data_root=str(root), device=s.device, **own, **s.chapters[name])
+    kind = CHAPTERS[name].settings
+    own = dict(mask_root=str(root)) if "mask_root" in kind.model_fields else {}
+    return kind.from_preset(s.preset, data_root=str(root), device=s.device, **own, **s.chapters[name])
 
 # %% ../nbs/31_gpu.ipynb #22568e11
 def drawn_settings(s: GpuSettings) -> PhantomSettings:
@@ -169,13 +170,18 @@ def short(
         found["epochs"] = (n * getattr(settings, "rounds", 1), *[n] * (len(settings.epochs) - 1))
     return settings.but(**{"epochs": n, **found})
 
-# %% ../nbs/31_gpu.ipynb #a31dbeff
+# %% ../nbs/31_gpu.ipynb #fbc926f5
+def untrained(study: Study) -> Segmenter:
+    "A segmenter that need not know anything: what it finds has no influence on speed."
+    return Segmenter(study.settings.segmentation).to(study.fabric.device)
+
+
 TRAIN: dict[str, Callable[[Study], Any]] = {
     "10_baselines": train_baselines,
     "11_equivariant": train_equivariant,
     "12_proposals": train_proposals,
     "13_limited": lambda study: train_limited(study, make_folds(study)[:1]),
-    "14_weighting": lambda study: train_weighting(study, Segmenter(study.settings.segmentation)),  # which need not know anything
+    "14_weighting": lambda study: train_weighting(study, untrained(study)),
 }
 
 
@@ -183,8 +189,6 @@ def training_rates(study: Timed, chapter: str) -> dict[str, np.ndarray]:
     "Images per second of every epoch but the first, by method and stage."
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # no line for an epoch
         here = replace(study, run=Run(folder, study.settings, study.radiographs.fingerprint))
-        if chapter == "14_weighting":
-            here = with_organs(here, Segmenter(study.settings.segmentation).to(study.fabric.device))
         TRAIN[chapter](here)
         found = defaultdict(list)
         for file in sorted(Path(folder).rglob("history.json")):
@@ -193,18 +197,25 @@ def training_rates(study: Timed, chapter: str) -> dict[str, np.ndarray]:
                     found[f"{file.parent.name}, {line['stage']}"].append(line["images_per_second"])
     return {name: np.array(rates) for name, rates in found.items()}
 
-# %% ../nbs/31_gpu.ipynb #6ee77385
+# %% ../nbs/31_gpu.ipynb #6f469ce4
 def time_chapter(s: GpuSettings, root: Path, chapter: str) -> dict[str, Any]:
     "Speed of a chapter's trainings, the ratio to batches that lie ready, and the peak of memory (None on a CPU)."
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         study = open_study(short(chapter_settings(s, chapter, root), s.epochs), chapter, folder)
-        about = {k: v for k, v in vars(study).items()}
-        torch.cuda.reset_peak_memory_stats() if study.fabric.device.type == "cuda" else None
-        fed = training_rates(Timed(**about, steps=s.steps), chapter)
-        peak = torch.cuda.max_memory_allocated() if study.fabric.device.type == "cuda" else None
-        ready = training_rates(Timed(**about, steps=s.steps, still=True), chapter)
-    rates = {name: dict(fed=spread(fed[name]), ready=spread(ready[name]), ratio=float(np.median(fed[name]) / np.median(ready[name])))
-             for name in fed}  # fmt: skip
+        if chapter == "14_weighting":
+            study = with_organs(study, untrained(study))  # once for both
+        fed, ready = (Timed(**vars(study), steps=s.steps, still=still) for still in (False, True))
+        found, peak = {}, None
+        train = lambda: found.update(fed=training_rates(fed, chapter))  # noqa: E731
+        if study.fabric.device.type == "cuda":
+            peak = peak_memory(train, study.fabric.device)
+        else:
+            train()
+        found["ready"] = training_rates(ready, chapter)
+    rates = {}
+    for name, of_fed in found["fed"].items():
+        of_ready = found["ready"][name]
+        rates[name] = dict(fed=spread(of_fed), ready=spread(of_ready), ratio=float(np.median(of_fed) / np.median(of_ready)))
     return dict(batch_size=study.settings.batch_size, image_size=study.settings.image_size, peak=peak, rates=rates)
 
 
@@ -219,7 +230,7 @@ def time_chapters(s: GpuSettings, out: Path) -> dict[str, Any]:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, time_chapter(s, out / "drawn", chapter))
         found[chapter] = read_json(file)
-    return found
+    return dict(chapters=found)
 
 # %% ../nbs/31_gpu.ipynb #393edb5e
 def edition_batch(
@@ -268,7 +279,7 @@ def make_edition(
     about = dict(settings=settings, stamp=stamp(settings, digest(drawn_settings(s).model_dump(mode="json")), pick_device(s.device)))
     yield from measured({name: partial(PARTS[name], s, out) for name in PARTS}, about, out / "published" / "gpu.json", parts)
 
-# %% ../nbs/31_gpu.ipynb #d9dd097f
+# %% ../nbs/31_gpu.ipynb #dfa55e6d
 def models_table(found: Mapping[str, Any]) -> pd.DataFrame:
     "Milliseconds an image of each model, the paper's first."
     columns = {f"batch {n}": {m: figure_text(v) for m, v in ms.items()} for n, ms in found["milliseconds"].items()}
@@ -280,7 +291,7 @@ def models_table(found: Mapping[str, Any]) -> pd.DataFrame:
 def training_table(found: Mapping[str, Any]) -> pd.DataFrame:
     "Images per second of each training, fed and with batches at hand, their ratio, and the chapter's peak of memory."
     lines = {}
-    for chapter, about in found.items():
+    for chapter, about in found["chapters"].items():
         peak = "—" if about["peak"] is None else f"{about['peak'] / 2**30:.1f} GiB"
         size = f"{about['batch_size']} × {about['image_size']}²"
         for name, r in about["rates"].items():
@@ -342,7 +353,7 @@ def gpu(
         if take:
             print(take_over(file.parent, project() / "published" / "gpu"))
 
-# %% ../nbs/31_gpu.ipynb #a9af81e2
+# %% ../nbs/31_gpu.ipynb #b8017d5b
 def take_over(folder: Path, to: Path) -> str:
     "Copy what an edition publishes; refuses one that is not complete."
     done = read_json(folder / "gpu.json")
@@ -350,11 +361,8 @@ def take_over(folder: Path, to: Path) -> str:
         raise CxrError(f"{folder}: {', '.join(missing)} missing; run these parts first")
     if done["settings"]["preset"] != "paper":
         raise CxrError(f"{folder}: made with preset {done['settings']['preset']!r}; the site shows that of the papers' models")
-    to.mkdir(parents=True, exist_ok=True)
-    files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
-    for f in files:
-        shutil.copy(f, to / f.name)
-    return f"{to}: {len(files)} files taken over"
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    return f"{to}: taken over from {folder}"
 
 # %% ../nbs/31_gpu.ipynb #ce13853e
 if __name__ == "__main__" and __package__:
