@@ -63,8 +63,8 @@ class EquivariantSettings(PretrainSettings):
             backbones=(Backbone(body="small-resnet4", seam_lr=1e-3, seam_epochs=1),),
         ),
         "quick": dict(
-            image_size=128, batch_size=16, accumulate=1, epochs=8, lr=4e-3, schedule="onecycle", weights=None,
-            pretrain_epochs=18, frozen_blocks=1, augment=dict(flip=0.5, shift=0.05),
+            image_size=128, batch_size=16, accumulate=1, epochs=6, lr=4e-3, schedule="onecycle", weights=None,
+            pretrain_epochs=11, frozen_blocks=1, augment=dict(flip=0.5, shift=0.05),
             backbones=(Backbone(body="small-resnet4", seam_lr=1e-3, seam_epochs=3),),
         ),
     }  # fmt: skip

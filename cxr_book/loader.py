@@ -138,7 +138,7 @@ def whole_pixels(
     size: int,  # of the output
 ) -> tuple[int, int] | None:
     "Row and column where the output can be cut out of the input, if all matrices are that same cut; else None."
-    if not len(A) or not torch.equal(A, A[:1].expand_as(A)):
+    if not len(A) or (A.stride(0) and not torch.equal(A, A[:1].expand_as(A))):  # stride 0: one matrix, expanded
         return None
     x, y = (A[0, :2, 2] * side).tolist()
     cut = torch.tensor([[size / side, 0, round(x) / side], [0, size / side, round(y) / side], [0, 0, 1]])
@@ -215,13 +215,11 @@ class _Pool:
         return torch.from_numpy(self.arrays[-1])
 
 # %% ../nbs/04b_loader.ipynb #0c9f47aa
-def _to_grey(squares: torch.Tensor, out: torch.Tensor) -> None:  # uint8; float32 of the same shape
-    "0..255 to 0..1; on the CPU by one thread, since memory is the limit and threads on a busy machine only wait."
-    if out.device.type != "cpu":
-        torch.mul(squares, 1 / 255, out=out)
-    else:
-        np.copyto(out.numpy(), squares.numpy())
-        np.multiply(out.numpy(), np.float32(1 / 255), out=out.numpy())
+def _to_grey(squares: np.ndarray, slots: np.ndarray, out: np.ndarray) -> None:  # uint8 (N, h, w); float32 (B, h, w)
+    "0..255 to 0..1, an image at a time, so that it is still in the processor's cache when it is divided."
+    for slot, frame in zip(slots, out):
+        np.copyto(frame, squares[slot])
+        np.multiply(frame, np.float32(1 / 255), out=frame)
 
 
 def _on_device(cache: ImageCache, device: torch.device, resident: bool | str) -> tuple:
@@ -320,11 +318,11 @@ def _generator(self: Loader, *keys) -> torch.Generator:
 @patch
 def epoch(self: Loader, epoch: int, start: int = 0, every: int = 1) -> Iterator[Batch]:
     "The batches of an epoch from step `start` on, or every n-th of them; this process' part of each."
-    order = self.order(epoch)
+    order, moving = self.order(epoch), self.augment != Augment()
     for step in range(start, len(self), every):
         at = order[step * self.batch_size : (step + 1) * self.batch_size]
         A = torch.eye(3).expand(len(at), 3, 3)
-        if self.augment != Augment():
+        if moving:
             A = sample_affines(len(at), self.augment, self._generator("augment", epoch, step))
         at, A = at[self.rank :: self.world], A[self.rank :: self.world]
         if len(at):
@@ -346,7 +344,10 @@ def _frames(self: Loader, slots: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
     top, left, side = (*cut, self.size) if cut else (0, 0, self.side)
     part = slice(None), slice(top, top + side), slice(left, left + side)
     x = self.pool.empty((len(slots), 1 + len(self.structures), side, side), torch.float32, self.device)
-    _to_grey(self._gather(self.images, slots)[part], x[:, 0])
+    if x.device.type == "cpu":
+        _to_grey(self.images.numpy()[part], slots.numpy(), x[:, 0].numpy())
+    else:
+        torch.mul(self._gather(self.images, slots)[part], 1 / 255, out=x[:, 0])
     if self.structures:
         bits = self._gather(self.planes, slots)[part]
         x[:, 1:] = (bits[:, None] >> self.bits.to(bits.dtype)[:, None, None]) & 1

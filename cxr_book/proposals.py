@@ -33,7 +33,7 @@ SMALLER = {
         anchors=dict(steps=(64, 64, 128)), bins=3,
     ),
     "quick": dict(
-        image_size=128, batch_size=16, epochs=(5, 3, 2), pretrain_epochs=14, lr=(2e-3, 3e-3, 5e-4),
+        image_size=128, batch_size=16, epochs=(4, 3, 2), pretrain_epochs=9, lr=(2e-3, 3e-3, 5e-4),
         schedule="onecycle", weights=None, body="small-resnet", crop_body="small-resnet", pyramid=32, hidden=8,
         anchors=dict(steps=(64, 64, 128)), bins=3, region_width=8, score_start=1.0, crop_size=32, clip=1.0,
         augment=dict(flip=0.5, shift=0.05),

@@ -46,8 +46,8 @@ SMALLER = {
         segmentation=dict(image_size=64, width=4, depth=3, epochs=2, bce=0.0),
     ),
     "quick": dict(
-        image_size=128, augment=dict(flip=0.5, shift=0.05), batch_size=32, epochs=6, guided_epochs=3, lr=3e-3,
-        pretrain_epochs=16, schedule="onecycle", weights=None, body="small-densenet", second_body="small-resnet",
+        image_size=128, augment=dict(flip=0.5, shift=0.05), batch_size=32, epochs=5, guided_epochs=2, lr=3e-3,
+        pretrain_epochs=11, schedule="onecycle", weights=None, body="small-densenet", second_body="small-resnet",
         segmentation=dict(image_size=64, width=8, epochs=6, bce=0.0), trial_images=640,
     ),
 }  # fmt: skip
@@ -107,7 +107,7 @@ def attend(body: Body) -> Body:
     "Put a multi-scale attention between a body's normalisation and its first convolution; changed in place."
     if isinstance(body.grey, nn.Sequential):
         raise CxrError(f"body = {body.name!r} has its attention already; attend a body once")
-    body.grey = nn.Sequential(body.grey, MultiScaleAttention())
+    body.grey = nn.Sequential(body.grey, MultiScaleAttention()).to(memory_format=torch.channels_last)  # as the body is
     return body
 
 # %% ../nbs/14_weighting.ipynb #14492093
