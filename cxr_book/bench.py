@@ -63,7 +63,7 @@ class BenchSettings(Settings):
             step_size=64, steps=2, kinds=VARIANTS[:3], pcm=(8, 12, 16), crf=(6, 9, 12), regions=(6, 9, 12), judged=40, side=16,
             n_boot=20,
         ),
-        "quick": dict(rounds=3, step_body="small-densenet", step_size=128, steps=16),
+        "quick": dict(rounds=3, step_body="small-densenet", step_size=128, steps=8, step_rounds=25),
     }  # fmt: skip
 
 # %% ../nbs/23_performance.ipynb #40daed93

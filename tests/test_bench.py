@@ -32,14 +32,14 @@ def test_the_page_runs_small(tmp_path, run_here):
 
 def test_the_command_goes_on_and_refuses_what_differs(tmp_path):
     out = tmp_path / "figures.json"
-    assert call("starts", "--preset", "smoke", "--out", out)[0] == 0
+    assert call("augmentation", "--preset", "smoke", "--out", out)[0] == 0
     first = json.loads(out.read_text())["parts"]
     code, text = call("starts", "augmentation", "--preset", "smoke", "--out", out)
     assert code == 0 and "one composed warp" in text and "cxr-book --help" in text
     both = json.loads(out.read_text())["parts"]
-    assert [*both] == ["augmentation", "starts"] and both["starts"] == first["starts"]
-    assert call("starts", "--preset", "smoke", "--out", out, "--again")[0] == 0
-    assert json.loads(out.read_text())["parts"]["starts"] != first["starts"]
+    assert [*both] == ["augmentation", "starts"] and both["augmentation"] == first["augmentation"]
+    assert call("augmentation", "--preset", "smoke", "--out", out, "--again")[0] == 0
+    assert json.loads(out.read_text())["parts"]["augmentation"] != first["augmentation"]
     for given, said in ((["start"], "did you mean 'starts'"), (["--preset", "quick"], "choose another file"), (["--device", "gpu"], "gpu")):
         code, text = call(*given, *(() if "--preset" in given else ("--preset", "smoke")), "--out", out)
         assert code == 1 and said in text and "Traceback" not in text
