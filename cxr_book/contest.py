@@ -249,12 +249,10 @@ class Comparison:
 
     def __post_init__(self):
         self.parts, self.cuts = parts_of(self.entrants), {}
-        for key in progress(list(self.entrants), "predicting"):  # one method's maps in memory at a time
-            self.test(key), self.valid(key)
-        jobs = (delayed(self._judge)(key) for key in self.entrants)
+        jobs = (delayed(self._judge)(key) for key in self.entrants)  # maps of a method for each core in memory
         found = Parallel(n_cpus(), prefer="threads", return_as="generator")(jobs)
         frames = []
-        for results, key in zip(progress(found, "scoring", len(self.entrants)), self.entrants):
+        for results, key in zip(progress(found, "predicting and scoring", len(self.entrants)), self.entrants):
             for part, by in results.items():
                 frames += [to_frame(r, key).assign(part=part, rule=rule) for rule, r in by.items()]
                 if "validated" in by["own"]["modes"]:

@@ -16,13 +16,14 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from joblib import Parallel, delayed
 from torch import nn
 
 from .bodies import Body, count_parameters
 from .catalogue import Trained
 from .classification import auroc_draws, cell_of, finite_mean, summarise
 from .contest import Comparison, Entrant, asked_of, predictions_of, subset
-from .core import FINDINGS, CxrError, derive, progress, read_json, refuse_other
+from .core import FINDINGS, CxrError, derive, n_cpus, progress, read_json, refuse_other
 from .evaluation import Pairs, cuts_of, pairs_of, score_pairs, thresholds_for
 from .localization import area
 from .measure import in_turns, peak_memory
@@ -46,8 +47,8 @@ def auroc_pairs(
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     "a, b, and the difference of their mean AUROCs with interval and p, for all pairs."
-    draws = {key: auroc_draws(y, z, patients, n_boot, seed) for key, z in logits.items()}
-    mean = {key: finite_mean(d, 1) for key, d in draws.items()}
+    jobs = (delayed(lambda z: finite_mean(auroc_draws(y, z, patients, n_boot, seed), 1))(z) for z in logits.values())
+    mean = dict(zip(logits, Parallel(n_cpus(), prefer="threads")(jobs)))
     return [dict(a=a, b=b) | cell_of(mean[a] - mean[b], len(y), test=True) for a, b in combinations(mean, 2)]
 
 
@@ -223,21 +224,28 @@ class Arm(NamedTuple):
 def arms(self: Comparison, stressed: Mapping[str, Entrant]) -> Iterator[Arm]:
     "Every method that was also trained on stressed data, one after the other."
     stress = stress_of(next(iter(stressed.values())).study.radiographs.root)
-    folder = self.run.folder / "predictions" / stress.kind.replace(" ", "-")
-    for key in progress([k for k in self.entrants if k in stressed], f"trained with {stress.kind}"):
-        clean, other = self.entrants[key], stressed[key]
-        _same(clean, other)
-        rows = np.intersect1d(clean.judged, other.judged)
-        theirs = subset(predictions_of(other, "test", folder, clean.study, "clean"), rows)
-        own, valid = subset(predictions_of(other, "test", folder), rows), predictions_of(other, "valid", folder)
-        pairs, values = self.values(key, rows)
-        rule = clean.trained.rule
-        cut = cuts_of(thresholds_for("validated", valid, other.study.radiographs, rule, valid)[0])
-        again = pairs_of(self.data, theirs.map_rows)
-        assert np.array_equal(again.row, pairs.row)
-        overlap = score_pairs(theirs, again, rule, cut[again.finding])["IoU"] if len(again.at) else np.zeros(0)
-        yield Arm(key, stress, rows, (subset(self.test(key), rows).logits, theirs.logits, own.logits), pairs,
-                  (values.get("IoU", np.zeros(0)), overlap))  # fmt: skip
+    keys = [key for key in self.entrants if key in stressed]
+    for key in keys:
+        _same(self.entrants[key], stressed[key])
+    jobs = (delayed(self._arm)(key, stressed[key], stress) for key in keys)
+    found = Parallel(n_cpus(), prefer="threads", return_as="generator")(jobs)
+    yield from progress(found, f"trained with {stress.kind}", len(keys))
+
+
+@patch
+def _arm(self: Comparison, key: str, other: Entrant, stress: Stress) -> Arm:
+    "One method in both trainings."
+    clean, folder = self.entrants[key], self.run.folder / "predictions" / stress.kind.replace(" ", "-")
+    rows, rule = np.intersect1d(clean.judged, other.judged), clean.trained.rule
+    theirs = subset(predictions_of(other, "test", folder, clean.study, "clean"), rows)
+    own, valid = subset(predictions_of(other, "test", folder), rows), predictions_of(other, "valid", folder)
+    pairs, values = self.values(key, rows)
+    cut = cuts_of(thresholds_for("validated", valid, other.study.radiographs, rule, valid)[0])
+    again = pairs_of(self.data, theirs.map_rows)
+    assert np.array_equal(again.row, pairs.row)
+    overlap = score_pairs(theirs, again, rule, cut[again.finding])["IoU"] if len(again.at) else np.zeros(0)
+    logits = subset(self.test(key), rows).logits, theirs.logits, own.logits
+    return Arm(key, stress, rows, logits, pairs, (values.get("IoU", np.zeros(0)), overlap))
 
 
 def _same(clean: Entrant, other: Entrant) -> None:
