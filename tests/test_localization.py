@@ -17,7 +17,8 @@ from hypothesis.extra.numpy import arrays
 from cxr_book.classification import auroc, operate, operating_points, patient_weights, summarise
 from cxr_book.controls import grad_cam, mean_boxes, score_controls
 from cxr_book.core import FINDINGS, CxrError
-from cxr_book.evaluation import Predictions, evaluate, heat_of, pairs_of, thresholds_for
+from cxr_book.evaluation import GRID, Predictions, evaluate, heat_of, iou_by_threshold, pairs_of, score_at, score_pairs
+from cxr_book.evaluation import thresholds_for
 from cxr_book.localization import PAPER_RULES, BoxRule, box_patches, cdice, cover, detect, energy, iobb, iou, otsu
 from cxr_book.localization import pointing, region_overlaps, score, to_heat, to_image_frame
 
@@ -142,6 +143,18 @@ def test_image_frame_undoes_a_crop():
     assert heat[0, :4].sum() == 0 and heat[0, :, 24:].sum() == 0
 
 
+def test_one_view_for_all_maps_and_views_of_their_own_are_the_same():
+    rng = np.random.default_rng(0)
+    maps = torch.from_numpy(rng.random((4, 2, 9, 9), dtype=np.float32))
+    views = torch.tensor([[0.7, 0, 0.1], [0, 0.8, 0.15], [0, 0, 1.0]]).repeat(4, 1, 1)
+    together = to_image_frame(maps, views, 40)
+    views[3, 0, 2] = 0.2
+    apart = to_image_frame(maps, views, 40)
+    assert torch.allclose(apart[:3], together[:3], atol=1e-6) and not torch.allclose(apart[3], together[3], atol=1e-2)
+    for i in range(4):
+        assert torch.allclose(to_image_frame(maps[i : i + 1], views[i : i + 1], 40)[0], apart[i], atol=1e-6)
+
+
 def test_nothing_leaks_over_the_edge_of_the_view():
     "The left half of the image was seen: bilinear heat must end exactly there, at full strength."
     half = torch.tensor([[[0.5, 0, 0], [0, 1, 0], [0, 0, 1.0]]])
@@ -172,6 +185,31 @@ def test_rules_equal_plain_loops(heat, t):
     top = np.unravel_index(heat.argmax(), heat.shape)
     x0, y0, x1, y1 = found["contours"].boxes[0]
     assert x0 <= (top[1] + 0.5) / heat.shape[1] <= x1 and y0 <= (top[0] + 0.5) / heat.shape[0] <= y1
+
+
+def test_the_largest_piece_may_lie_in_the_hole_of_another():
+    heat = np.zeros((3, 64, 64), np.float32)
+    cv2.rectangle(heat[0], (4, 4), (59, 59), 1.0)  # a thin frame, and a block in it that has more cells
+    heat[0, 20:45, 20:45] = 1
+    heat[1] = 1
+    heat[1, 10:50, 10:50] = 0  # a thick frame, and a smaller block
+    heat[1, 25:35, 25:35] = 1
+    heat[2, 10:20, 10:20] = heat[2, 40:50, 40:50] = 1  # two of one size: the first
+    found = detect(heat, "largest", 0.5)
+    want = np.array([[20, 20, 45, 45], [0, 0, 64, 64], [10, 10, 20, 20]]) / 64
+    assert np.allclose(found.boxes, want) and found.regions.sum((1, 2)).tolist() == [625, 64 * 64 - 1600, 100]
+
+
+@pytest.mark.parametrize("side", [40, 520])  # more cells than 16 bits could count pieces in
+def test_the_largest_piece_of_noise_is_that_of_a_plain_labelling(side):
+    heat = np.random.default_rng(side).random((3, side, side), dtype=np.float32)
+    found = detect(heat, "largest", 0.6)
+    for i in range(3):
+        n, labels, stats, _ = cv2.connectedComponentsWithStats((heat[i] >= 0.6).astype(np.uint8), connectivity=8)
+        k = 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
+        assert n > 2 and (found.regions[i] == (labels == k)).all()
+        x, y, w, h = stats[k, :4]
+        assert np.allclose(found.boxes[i] * side, [x, y, x + w, y + h])
 
 
 def test_a_stack_equals_its_maps_one_by_one():
@@ -372,6 +410,24 @@ def test_otsu_of_validation_maps_uses_labelled_images_only():
     want = otsu(heat_of(valid, at, np.full(len(at), 4), BoxRule(size=None))).mean()
     assert np.isclose(chosen["Mass"], want)
     assert source["Mass"].startswith("validation maps") and source["Edema"] == "rule"
+
+
+@pytest.mark.parametrize("name", PAPER_RULES)
+def test_thresholds_tried_together_equal_one_after_the_other(name, tmp_path):
+    data, test, _ = made()
+    rule, pairs = PAPER_RULES[name], pairs_of(data, test.map_rows)
+    curve = iou_by_threshold(test, pairs, rule, GRID)
+    for j in (0, 7, 18):
+        heat = heat_of(test, pairs.at, pairs.finding, rule)
+        plain = score(heat, detect(heat, rule.rule, GRID[j]), pairs.boxes)["IoU"]
+        assert np.allclose(curve[:, j], plain, atol=1e-6), GRID[j]
+    mask = tmp_path / "mask.png"
+    cv2.imwrite(str(mask), 255 * np.eye(64, dtype=np.uint8))
+    masks = {"Atelectasis": [mask if i % 3 else None for i in range(len(data.labels))]}
+    cuts = {"high": np.full(len(pairs.at), 0.8), "low": np.linspace(0.1, 0.6, len(pairs.at)), "own": None}
+    for mode, found in score_at(test, pairs, rule, cuts, masks).items():
+        alone = score_pairs(test, pairs, rule, cuts[mode], masks)
+        assert all(np.array_equal(found[m], alone[m], equal_nan=True) for m in alone) and [*found] == [*alone]
 
 
 def test_exact_masks(tmp_path):
