@@ -46,8 +46,8 @@ SMALLER = {
         segmentation=dict(image_size=64, width=4, depth=3, epochs=2, bce=0.0),
     ),
     "quick": dict(
-        image_size=128, augment=dict(flip=0.5, shift=0.05), batch_size=32, epochs=5, guided_epochs=2, lr=3e-3,
-        pretrain_epochs=11, schedule="onecycle", weights=None, body="small-densenet", second_body="small-resnet",
+        image_size=128, augment=dict(flip=0.5, shift=0.05), batch_size=32, epochs=4, guided_epochs=2, lr=3e-3,
+        pretrain_epochs=15, schedule="onecycle", weights=None, body="small-densenet", second_body="small-resnet",
         segmentation=dict(image_size=64, width=8, epochs=6, bce=0.0), trial_images=640,
     ),
 }  # fmt: skip
