@@ -34,7 +34,7 @@ class BaselineSettings(StudySettings):
             dcnn_body="small-resnet", chexnet_body="small-densenet",
         ),
         "quick": dict(
-            image_size=128, augment=dict(flip=0.5, shift=0.05), batch_size=32, epochs=12, lr=4e-3, schedule="onecycle",
+            image_size=128, augment=dict(flip=0.5, shift=0.05), batch_size=32, epochs=16, lr=4e-3, schedule="onecycle",
             weights=None, dcnn_body="small-resnet", chexnet_body="small-densenet",
         ),
     }  # fmt: skip
