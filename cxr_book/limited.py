@@ -40,7 +40,7 @@ SMALLER = {
         body="small-resnetv2", stride=8, patches=8, hidden=8, window=5, steps=2, features=2, bounds=(0.7, 0.05, 1, 1),
     ),
     "quick": dict(
-        image_size=128, batch_size=8, epochs=(12, 2), pretrain_epochs=10, weights=None, schedule="onecycle", lr=6e-3,
+        image_size=128, batch_size=8, epochs=(16, 2), pretrain_epochs=10, weights=None, schedule="onecycle", lr=6e-3,
         body="small-resnetv2", stride=8, hidden=64, window=9, steps=3, optimizer="adamw", crf_lr=3e-3, tested=70,
         augment=dict(flip=0.5, shift=0.05),
     ),

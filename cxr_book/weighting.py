@@ -349,6 +349,8 @@ def run_trial(
     root: Path,  # the images of the trial
     name: str,
 ) -> tuple[Study, dict[str, nn.Module]]:
-    "A study of other images, and the chapter's model trained on them with each kind of weighting."
+    "A study of other images, and the chapter's model trained on them for twice as long with each kind of weighting."
     s, here = pretrained(study, study.settings.body), open_trial(study, segmenter, root, name)
-    return here, {arm: fit(here, arm, partial(WeightedNet, s.but(**change), segmenter))[0] for arm, change in ARMS.items()}
+    nets = {arm: partial(WeightedNet, s.but(**change), segmenter) for arm, change in ARMS.items()}
+    stages = [stage_of(s).but(epochs=2 * s.epochs, trainable=("body", "classifier"))]  # the images are few
+    return here, {arm: fit(here, arm, build, stages)[0] for arm, build in nets.items()}
