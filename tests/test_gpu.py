@@ -39,7 +39,7 @@ def test_the_edition_in_small_runs_here_and_goes_on(tmp_path, monkeypatch):
     assert {line["method"] for line in found["chapters"]["means"]} >= {"10/dcnn", "10/chexnet"}
     assert read_changes(out) == dict(n_boot=20, device="cpu")
     text = edition_text(out / "published" / "gpu.json")
-    assert "10/chexnet" in text and "Standard small-resnet4" in text and "Minutes: drawing " in text
+    assert "10/chexnet" in text and "| multires-small-resnet4-pcm |" in text and "Minutes: drawing " in text
     again = dict(make_edition(small, out, ("chapters",)))
     assert again["chapters"] == found["chapters"]
 
