@@ -222,7 +222,7 @@ class Arm(NamedTuple):
 
 @patch
 def arms(self: Comparison, stressed: Mapping[str, Entrant]) -> Iterator[Arm]:
-    "Every method that was also trained on stressed data, one after the other."
+    "Every method that was also trained on stressed data, in their order."
     stress = stress_of(next(iter(stressed.values())).study.radiographs.root)
     keys = [key for key in self.entrants if key in stressed]
     for key in keys:
@@ -231,7 +231,7 @@ def arms(self: Comparison, stressed: Mapping[str, Entrant]) -> Iterator[Arm]:
     found = Parallel(n_cpus(), prefer="threads", return_as="generator")(jobs)
     yield from progress(found, f"trained with {stress.kind}", len(keys))
 
-
+# %% ../nbs/20d_contrasts.ipynb #c41f07ae
 @patch
 def _arm(self: Comparison, key: str, other: Entrant, stress: Stress) -> Arm:
     "One method in both trainings."
