@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMON', 'CompareSettings', 'newest_runs', 'Member', 'Entrant', 'member_of', 'runs_in', 'enter', 'parts_of',
-           'judged_on', 'stamp_of', 'slug', 'asked_of', 'predictions_of', 'subset', 'Comparison']
+           'judged_on', 'stamp_of', 'slug', 'asked_of', 'predictions_of', 'subset', 'on_all_cores', 'Comparison']
 
 # %% ../nbs/20c_contest.ipynb #50fd24a3
 import hashlib
@@ -13,7 +13,7 @@ import re
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Mapping, NamedTuple, Sequence
+from typing import Any, ClassVar, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import pandas as pd
@@ -235,6 +235,13 @@ def subset(predictions: Predictions, rows: np.ndarray | None = None) -> Predicti
 COMMON = BoxRule(rule="largest", threshold=0.5)
 
 
+def on_all_cores(
+    jobs: Iterable,  # of `joblib.delayed`
+) -> Iterator[Any]:
+    "What the calls return, in their order, from a thread for each core."
+    return Parallel(n_cpus(), prefer="threads", return_as="generator")(jobs)
+
+
 @dataclass(eq=False)
 class Comparison:
     "The scores of all methods, and what is behind them."
@@ -249,8 +256,7 @@ class Comparison:
 
     def __post_init__(self):
         self.parts, self.cuts = parts_of(self.entrants), {}
-        jobs = (delayed(self._judge)(key) for key in self.entrants)  # maps of a method for each core in memory
-        found = Parallel(n_cpus(), prefer="threads", return_as="generator")(jobs)
+        found = on_all_cores(delayed(self._judge)(key) for key in self.entrants)  # maps of a method for each core in memory
         frames = []
         for results, key in zip(progress(found, "predicting and scoring", len(self.entrants)), self.entrants):
             for part, by in results.items():

@@ -16,14 +16,14 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
-from joblib import Parallel, delayed
+from joblib import delayed
 from torch import nn
 
 from .bodies import Body, count_parameters
 from .catalogue import Trained
 from .classification import auroc_draws, cell_of, finite_mean, summarise
-from .contest import Comparison, Entrant, asked_of, predictions_of, subset
-from .core import FINDINGS, CxrError, derive, n_cpus, progress, read_json, refuse_other
+from .contest import Comparison, Entrant, asked_of, on_all_cores, predictions_of, subset
+from .core import FINDINGS, CxrError, derive, progress, read_json, refuse_other
 from .evaluation import Pairs, cuts_of, pairs_of, score_pairs, thresholds_for
 from .localization import area
 from .measure import in_turns, peak_memory
@@ -48,7 +48,7 @@ def auroc_pairs(
 ) -> list[dict[str, Any]]:
     "a, b, and the difference of their mean AUROCs with interval and p, for all pairs."
     jobs = (delayed(lambda z: finite_mean(auroc_draws(y, z, patients, n_boot, seed), 1))(z) for z in logits.values())
-    mean = dict(zip(logits, Parallel(n_cpus(), prefer="threads")(jobs)))
+    mean = dict(zip(logits, on_all_cores(jobs)))
     return [dict(a=a, b=b) | cell_of(mean[a] - mean[b], len(y), test=True) for a, b in combinations(mean, 2)]
 
 
@@ -102,7 +102,7 @@ def starts_from(trained: Trained, method: nn.Module) -> list[Path]:
     body = next((m.name for m in method.modules() if isinstance(m, Body)), "")
     own = trained.folder.name
     names = [f"pretrained-{body}"] + ["segmenter"] * (getattr(method, "segmenter", None) is not None)
-    names += {"mix": ["classifier"]}.get(own, []) + [own.removesuffix("-pcm")] * own.endswith("-pcm") + [own]
+    names += {"mix": ["classifier"]}.get(own, []) + [own.removesuffix("-pcm").removesuffix("-inside"), own]
     folders = [trained.run / name for name in dict.fromkeys(names)]
     return [folder for folder in folders if (folder / "history.json").exists()]
 
@@ -227,8 +227,7 @@ def arms(self: Comparison, stressed: Mapping[str, Entrant]) -> Iterator[Arm]:
     keys = [key for key in self.entrants if key in stressed]
     for key in keys:
         _same(self.entrants[key], stressed[key])
-    jobs = (delayed(self._arm)(key, stressed[key], stress) for key in keys)
-    found = Parallel(n_cpus(), prefer="threads", return_as="generator")(jobs)
+    found = on_all_cores(delayed(self._arm)(key, stressed[key], stress) for key in keys)
     yield from progress(found, f"trained with {stress.kind}", len(keys))
 
 # %% ../nbs/20d_contrasts.ipynb #c41f07ae

@@ -9,7 +9,7 @@ __all__ = ['GRID', 'Predictions', 'map_rows', 'predict', 'Pairs', 'pairs_of', 'h
 
 # %% ../nbs/07b_evaluation.ipynb #f7898e4e
 from dataclasses import dataclass
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import cv2
 import numpy as np
@@ -21,7 +21,7 @@ from .classification import auroc_table, operating_points, summarise
 from .core import FINDINGS, CxrError, derive
 from .loader import move_boxes
 from .localization import T_IOR, T_IOU, BoxRule, Detections, box_patches, cover, detect, energy, otsu, peak
-from .localization import overlaps, region_overlaps, score, to_heat, to_image_frame
+from .localization import overlaps, ratio, region_overlaps, score, to_heat, to_image_frame
 
 # %% ../nbs/07b_evaluation.ipynb #f90b40c7
 @dataclass(frozen=True, eq=False)
@@ -141,6 +141,13 @@ def heat_of(
         heat = heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
     return heat.numpy()
 
+
+def _heats(predictions: Predictions, at: np.ndarray, finding: np.ndarray, rule: BoxRule) -> Iterator[tuple[slice, np.ndarray]]:
+    "The heat of 256 maps at a time, and which they are."
+    for i in range(0, len(at), 256):
+        some = slice(i, i + 256)
+        yield some, heat_of(predictions, at[some], finding[some], rule)
+
 # %% ../nbs/07b_evaluation.ipynb #cd9a458c
 def score_at(
     predictions: Predictions,
@@ -153,10 +160,8 @@ def score_at(
 ) -> dict[str, dict[str, np.ndarray]]:
     "Every metric of every pair, each (n,), by mode; maps and masks are made once for all modes."
     parts: dict[str, list] = {mode: [] for mode in cuts}
-    for i in range(0, len(pairs.at), 256):
-        some = slice(i, i + 256)
+    for some, heat in _heats(predictions, pairs.at, pairs.finding, rule):
         part = Pairs(*(column[some] for column in pairs))
-        heat = heat_of(predictions, part.at, part.finding, rule)
         truth = _masks_of(heat, part, masks) if masks else None
         for mode, cut in cuts.items():
             level = np.full(len(heat), np.nan) if cut is None else np.array(cut[some], np.float64)
@@ -192,9 +197,7 @@ def iou_by_threshold(
 ) -> np.ndarray:
     "IoU of each pair at each threshold of `grid`, (n, T)."
     out = np.zeros((len(pairs.at), len(grid)))
-    for i in range(0, len(out), 256):
-        some = slice(i, i + 256)
-        heat = heat_of(predictions, pairs.at[some], pairs.finding[some], rule)
+    for some, heat in _heats(predictions, pairs.at, pairs.finding, rule):
         if rule.rule == "patches":
             out[some] = _nested_overlaps(heat, pairs.boxes[some], grid)
             continue
@@ -216,7 +219,7 @@ def _nested_overlaps(heat: np.ndarray, boxes: np.ndarray, grid: np.ndarray) -> n
 
     both = hot(truth.ravel())
     whole = hot() + truth.sum((1, 2))[:, None] - both
-    return np.divide(both, whole, out=np.zeros((n, T)), where=whole > 0)
+    return ratio(both, whole)
 
 
 # %% ../nbs/07b_evaluation.ipynb #35d90a9f
@@ -239,13 +242,12 @@ def _on_patches(predictions: Predictions, pairs: Pairs, rule: BoxRule, level: np
 def _masks_of(heat: np.ndarray, pairs: Pairs, masks: dict) -> tuple[np.ndarray, np.ndarray]:
     "The share of each cell that the exact mask covers, (n, h, w), and whether the hottest point hits it; NaN without one."
     share, hits = np.full(heat.shape, np.nan, np.float32), np.full(len(heat), np.nan)
-    for i, (row, k) in enumerate(zip(pairs.row, pairs.finding)):
+    for i, (row, k, (x, y)) in enumerate(zip(pairs.row, pairs.finding, peak(heat))):
         path = (masks.get(FINDINGS[k]) or {row: None})[row]
         mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) if path else None
         if mask is None:
             continue
         share[i] = cv2.resize(mask, heat.shape[:0:-1], interpolation=cv2.INTER_AREA).astype(np.float32) / 255
-        x, y = peak(heat[i : i + 1])[0]
         hits[i] = np.isfinite(x) and mask[int(y * mask.shape[0]), int(x * mask.shape[1])] > 127
     return share, hits
 
@@ -282,8 +284,7 @@ def otsu_thresholds(predictions: Predictions, labels: np.ndarray, rule: BoxRule)
     for k in range(len(FINDINGS)):
         at = np.flatnonzero(labels[predictions.map_rows, k] > 0)
         if len(at):
-            chunks = np.split(at, range(256, len(at), 256))
-            cuts = [otsu(heat_of(predictions, some, np.full(len(some), k), rule)) for some in chunks]
+            cuts = [otsu(heat) for _, heat in _heats(predictions, at, np.full(len(at), k), rule)]
             chosen[k] = float(np.concatenate(cuts).mean())
     return chosen
 
@@ -336,9 +337,10 @@ def evaluate(
         "rule": rule.model_dump(mode="json"), "t_iobb": t_iobb, "n_boot": n_boot, "seed": seed, "modes": {},
     }  # fmt: skip
     masks = {f: files for f, files in radiographs.masks.items() if f in FINDINGS}
-    modes = thresholds if boxes is None else ("given",)
-    ask = lambda mode: thresholds_for(mode, predictions, radiographs, rule, validation) if boxes is None else ({}, {})  # noqa: E731
-    found = {mode: ask(mode) for mode in (modes if len(pairs.at) else ())}
+    found: dict[str, tuple[dict, dict]] = {"given": ({}, {})}  # mode -> thresholds and where they come from
+    if boxes is None:
+        found = {mode: thresholds_for(mode, predictions, radiographs, rule, validation) for mode in thresholds}
+    found = found if len(pairs.at) else {}
     cuts = {mode: cuts_of(chosen)[pairs.finding] if chosen else None for mode, (chosen, _) in found.items()}
     for mode, values in score_at(predictions, pairs, rule, cuts, masks, boxes, t_iobb).items():
         metrics = summarise(values, pairs.finding, pairs.patient, n_boot, seed)

@@ -22,7 +22,7 @@ CHOSEN = {
     "11_equivariant": ("fig-cells", "fig-siamese", "fig-maps", "fig-multires-failures"),
     "12_proposals": ("fig-four-steps", "fig-chosen", "fig-mix-typical", "fig-mix-failures"),
     "13_limited": ("fig-patches", "fig-annotated", "fig-box-curve"),
-    "14_weighting": ("fig-attention", "fig-weighted-typical", "fig-weighted-failures", "fig-roc-weighting"),
+    "14_weighting": ("fig-attention", "fig-weighted-typical", "fig-inside", "fig-weighted-failures", "fig-roc-weighting"),
     "21_compare": 4,
     "09b_realism": ("fig-greys", "fig-pairs", "fig-shortcut", "fig-pair"),
     "06b_segmentation": ("fig-looks", "fig-outlines"),

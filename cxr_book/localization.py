@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Share', 'PAPER_RULES', 'T_IOU', 'T_IOR', 'to_heat', 'to_image_frame', 'BoxRule', 'otsu', 'Detections', 'detect',
-           'area', 'intersection', 'iou', 'iobb', 'cover', 'box_patches', 'region_overlaps', 'energy', 'cdice', 'peak',
-           'pointing', 'score', 'overlaps']
+           'area', 'intersection', 'ratio', 'iou', 'iobb', 'cover', 'box_patches', 'region_overlaps', 'energy', 'cdice',
+           'peak', 'pointing', 'score', 'overlaps']
 
 # %% ../nbs/07_localization.ipynb #b15c5a40
 from typing import Annotated, Literal, NamedTuple
@@ -173,7 +173,7 @@ def intersection(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return area(np.concatenate([np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])], -1))
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     "part / whole, and 0 where there is no whole."
     zeros = np.zeros(np.shape(part), np.result_type(part, 1.0))
     return np.divide(part, whole, out=zeros, where=np.asarray(whole) > 0)
@@ -182,13 +182,13 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "Intersection over union of boxes."
     both = intersection(a, b)
-    return _ratio(both, area(a) + area(b) - both)
+    return ratio(both, area(a) + area(b) - both)
 
 
 def iobb(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
     "Intersection over the predicted box (001, section 5.3)."
     both = intersection(predicted, truth)
-    return _ratio(both, np.broadcast_to(area(predicted), both.shape))
+    return ratio(both, np.broadcast_to(area(predicted), both.shape))
 
 # %% ../nbs/07_localization.ipynb #d5b8448a
 def cover(
@@ -235,17 +235,17 @@ def region_overlaps(
     "IoU and IoR of regions with the truth, each (n,)."
     truth = truth if truth.dtype.kind == "f" else truth.astype(np.float64)
     both, predicted = _dot(regions.astype(truth.dtype), truth), regions.sum((1, 2))
-    return _ratio(both, predicted + truth.sum((1, 2)) - both), _ratio(both, predicted)
+    return ratio(both, predicted + truth.sum((1, 2)) - both), ratio(both, predicted)
 
 
 def energy(heat: np.ndarray, truth: np.ndarray) -> np.ndarray:
     "Share of the heat that lies on the truth, (n,); 0 for a map without heat."
-    return _ratio(_dot(heat, truth), heat.sum((1, 2)))
+    return ratio(_dot(heat, truth), heat.sum((1, 2)))
 
 
 def cdice(heat: np.ndarray, truth: np.ndarray) -> np.ndarray:
     "Continuous Dice of heat maps with the truth (002, table 2), (n,)."
-    return _ratio(2 * _dot(heat, truth), _dot(heat, heat) + truth.sum((1, 2)))
+    return ratio(2 * _dot(heat, truth), _dot(heat, heat) + truth.sum((1, 2)))
 
 # %% ../nbs/07_localization.ipynb #f4e71b3d
 def peak(heat: np.ndarray) -> np.ndarray:

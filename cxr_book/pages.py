@@ -217,6 +217,8 @@ ROWS = {
     "12/sal": "002: saliency alone", "12/mix": "002: regions x saliency",
     "13/un=20%": "003: boxes, and 20 % of the other images", "13/un=0%": "003: the boxes alone",
     "14/attention": "004: attention", "14/weighted": "004: weighted by lungs and heart",
+    "14/attention-inside": "004: attention, maps of lungs and heart only",
+    "14/weighted-inside": "004: weighted, maps of lungs and heart only",
     "control: centre": "control: centre", "control: mean box": "control: mean box",
 }  # fmt: skip
 METRICS = {"AUROC": "AUROC", "IoU": "IoU", "pointing": "Pointing game", "energy": "Energy"}

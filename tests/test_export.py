@@ -37,7 +37,10 @@ METHODS = {
     "11_equivariant": ({}, ("small-resnet4", "multires-small-resnet4", "multires-small-resnet4-pcm")),
     "12_proposals": (dict(pyramid=8), ("sal", "det", "mix")),
     "13_limited": (dict(window=3), ("unary", "crf")),
-    "14_weighting": (SMALL, ("weighted", "attention", "chexnet", "dcnn", "dcnn-attention", "senet", "agcnn")),
+    "14_weighting": (
+        SMALL,
+        ("weighted", "attention", "chexnet", "dcnn", "dcnn-attention", "attention-inside", "weighted-inside", "senet", "agcnn"),
+    ),
 }
 ALL = [(chapter, name) for chapter, (_, names) in METHODS.items() for name in names]
 
@@ -145,7 +148,7 @@ def test_every_method_gives_the_same_output(chapter, name, tmp_path):
     apart = disagreement(here, there, images, (1, 2, 5))  # no size that the exporter has seen alone
     assert max(apart.values()) <= 1e-4
     assert there(images).maps.std() > 1e-4  # or everything agrees
-    if name == "weighted":
+    if name in ("weighted", "weighted-inside", "attention-inside"):
         assert 0.2 < here(images).extras["organs"].mean() < 0.8
     if name == "agcnn":
         assert len(here(images).extras["box"].unique(dim=0)) > 1

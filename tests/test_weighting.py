@@ -36,12 +36,14 @@ from cxr_book.study import PlainClassifier, open_study
 from cxr_book.weighting import (
     KINDS,
     ORGANS,
+    InsideNet,
     MultiScaleAttention,
     WeightedNet,
     WeightingSettings,
     attend,
     compare_arms,
     draw_moved,
+    inside_maps,
     methods,
     move_out,
     oracle_boxes,
@@ -446,6 +448,46 @@ def test_grad_cam_sees_nothing_outside_either():
 
 
 @pytest.mark.parametrize("change", VARIANTS)
+def test_maps_of_the_inside_are_a_plain_loops(change):
+    net, x = warmed(**change), batch_of().x
+    reader = InsideNet(net.settings, copy.deepcopy(segmenter_of())).eval()
+    reader.load_state_dict(reader.state_dict() | net.state_dict())
+    with torch.no_grad():
+        out, own, organs = reader(x), net(x), reader.organs(x).double().numpy()[:, 0]
+    assert torch.equal(out.logits, own.logits) and not torch.equal(out.maps, own.maps)
+    features, conv = own.extras["unweighed"].double().numpy(), net.classifier.conv
+    weight, bias, h = conv.weight.detach().double().numpy()[:, :, 0, 0], conv.bias.detach().double().numpy(), out.maps.shape[-1]
+    inside = organs.reshape(len(x), h, 64 // h, h, 64 // h).mean((2, 4)) >= 0.5
+    assert inside.any((1, 2)).all() and not inside.all()
+    for maps, f, on in zip(out.maps.numpy(), features, inside):
+        for k in range(14):
+            says = np.tensordot(weight[k], f, 1) + bias[k]
+            assert np.allclose(maps[k], np.where(on, says, says[on].min()), rtol=0, atol=1e-5)
+
+
+def test_without_an_inside_nothing_is_hot():
+    maps = torch.randn(2, 3, 4, 4)
+    nowhere = torch.zeros(2, 1, 16, 16)
+    assert not inside_maps(maps, nowhere).any()
+    nowhere[1, :, :4, :4] = 1  # one cell of the second image
+    found = inside_maps(maps, nowhere)
+    assert not found[0].any() and torch.equal(found[1], maps[1, :, :1, :1].expand(3, 4, 4))
+
+
+def test_a_network_read_inside_stands_alone(study):
+    segmenter = segmenter_of()
+    nets = {"attention": warmed(**NOTHING), "weighted": warmed()}
+    weighting.read_inside(study, segmenter, nets)
+    found = weighting.read_inside(study, segmenter, nets)  # from the folders
+    assert [*found] == ["attention-inside", "weighted-inside"]
+    for name, net in found.items():
+        again = methods(study.settings)[name]()
+        load_strict(again, study.run.folder / name / "weights.safetensors")
+        x = batch_of().x
+        assert torch.equal(again.eval()(x).maps, net.eval()(x).maps) and torch.equal(again(x).logits, nets[name[:-7]](x).logits)
+
+
+@pytest.mark.parametrize("change", VARIANTS)
 def test_bf16_gives_float32_logits(change):
     net, x = warmed(**change), batch_of().x
     with torch.no_grad():
@@ -465,7 +507,8 @@ def test_bf16_gives_float32_logits(change):
 
 # ---------------------------------------------------------------- the methods
 
-PARTS = {name: [{"body", "classifier"}] for name in ("weighted", "attention", "chexnet", "dcnn", "dcnn-attention", "senet")}
+ONE_STAGE = ("weighted", "weighted-inside", "attention", "attention-inside", "chexnet", "dcnn", "dcnn-attention", "senet")
+PARTS = {name: [{"body", "classifier"}] for name in ONE_STAGE}
 PARTS["agcnn"] = [{"whole"}, {"local"}, {"fusion"}]
 
 
@@ -474,8 +517,9 @@ def test_the_methods_are_those_of_the_paper():
     assert methods(SETTINGS).keys() == PARTS.keys()
     nets = {name: build() for name, build in methods(SETTINGS, segmenter=segmenter).items()}
     attends = {n for n, net in nets.items() if any(isinstance(m, MultiScaleAttention) for m in net.modules())}
-    assert attends == {"weighted", "attention", "dcnn-attention"}
-    assert {n for n, net in nets.items() if getattr(net, "segmenter", None) is segmenter} == {"weighted"}
+    inside = {"weighted-inside", "attention-inside"}
+    assert attends == {"weighted", "attention", "dcnn-attention"} | inside
+    assert {n for n, net in nets.items() if getattr(net, "segmenter", None) is segmenter} == {"weighted"} | inside
     bodies = {n: {m.name for m in net.modules() if isinstance(m, Body)} for n, net in nets.items()}
     assert bodies == {n: {SETTINGS.second_body if n.startswith("dcnn") else SETTINGS.body} for n in nets}
     assert type(nets["senet"]) is ExcitedClassifier and type(nets["agcnn"]) is GuidedNet
