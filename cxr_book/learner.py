@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
+import cv2
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -105,6 +106,7 @@ def make_fabric(
     import lightning_fabric  # which takes seconds: only where something is trained
 
     keep_memory()
+    cv2.setNumThreads(1)  # between their jobs OpenCV's threads turn idly on the cores that torch computes on
     dev = pick_device(device)
     kind, world = {"cuda": "gpu"}.get(dev.type, dev.type), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
