@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 
@@ -183,3 +184,13 @@ def test_a_part_smaller_than_a_batch_is_refused(drawn, tmp_path):
     learner = Learner(Toy(), train, valid, Run(tmp_path / "run", Settings()), [Stage(epochs=1)], fabric=make_fabric("cpu"))
     with pytest.raises(CxrError, match="batch_size = 8: the training part has 3 images"):
         learner.fit()
+
+
+def test_opencv_leaves_the_cores_to_torch():
+    before = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(2)
+        make_fabric("cpu")
+        assert cv2.getNumThreads() == 1
+    finally:
+        cv2.setNumThreads(before)
