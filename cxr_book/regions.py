@@ -119,7 +119,7 @@ def align_lattice(
     across: Tensor,  # A (W, w)
 ) -> Tensor:  # (..., H, W)
     "The bins of all regions of one size, the regions side by side (@eq-region-products)."
-    x = maps.reshape(-1, *maps.shape[-2:])  # map by map, so that no result depends on how many there are
+    x = maps.reshape(-1, *maps.shape[-2:])  # map by map: on most processors no bit depends then on how many there are
     x = torch.bmm(x, across.mT.expand(x.shape[0], -1, -1))
     return torch.bmm(down.expand(x.shape[0], -1, -1), x).view(*maps.shape[:-2], len(down), len(across))
 

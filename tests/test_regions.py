@@ -262,12 +262,13 @@ def test_the_budget_changes_no_feature_and_no_score(shape, dtype):
         flat = features.flatten(0, 1)
         gates = [x.sigmoid() for x in head.aligned(saliency.flatten(0, 1)[:, None])]
         maxima = head.maxima(flat, *gates)
+        rounding = 8 * torch.finfo(dtype).eps * flat.abs().max()  # two sums of four terms each, in two orders
         for maps in range(1, shape[0] * shape[1]):
             head.budget = maps * 395 * 25 * shape[2]
             chunk = head.chunk(flat)
             assert chunk == maps
             read = zip(*map(head.aligned, flat.split(chunk)))
-            assert all(same(torch.cat(parts), whole) for parts, whole in zip(read, head.aligned(flat)))
+            assert all((torch.cat(parts) - whole).abs().max() <= rounding for parts, whole in zip(read, head.aligned(flat)))
             assert all(map(same, head(features, saliency), asked))
             assert same(InChunks.apply(head.maxima, chunk, 1 + len(gates), flat, *gates), maxima)
 
